@@ -1,0 +1,86 @@
+"""What a head is: features of one encoder to logits over the classes of one data set."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_x.errors import DataError, near_matches
+
+__all__ = ["FittedHead", "HeadSpec"]
+
+
+@final
+class FittedHead(nn.Module):
+    """A head ready to judge with: frozen, in eval mode, differentiable in its features.
+
+    Args:
+        name: As the user asked for it (`linear`, `file:head.safetensors`).
+        layer: Maps features `(N, D)` to logits `(N, K)`.
+        num_classes: K.
+        aliases: Class names (and ids) to logit index.
+        settings: How it was made, for the report.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: nn.Module,
+        num_classes: int,
+        aliases: Mapping[str, int],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.layer = layer
+        self.num_classes = num_classes
+        self.aliases = dict(aliases)
+        self.settings = dict(settings or {})
+        self.eval().requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `(N, K)` float32."""
+        logits: Tensor = self.layer(features)
+        return logits.float()
+
+    def match(self, classes: Sequence[str]) -> Tensor:
+        """The logit index of each class name, `(len(classes),)` int64.
+
+        Raises:
+            DataError: A class is unknown to this head, or two classes fall on one logit.
+        """
+        unknown = [name for name in classes if name not in self.aliases]
+        if unknown:
+            near = near_matches(unknown[0], self.aliases)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise DataError(
+                f"head {self.name} knows no class named {', '.join(unknown[:5])}{hint}; it has {self.num_classes} "
+                "classes, matched by index, WordNet id or name"
+            )
+        index = [self.aliases[name] for name in classes]
+        if len(set(index)) != len(index):
+            twice = next(name for name, i in zip(classes, index, strict=True) if index.count(i) > 1)
+            raise DataError(f"head {self.name}: class '{twice}' and another one mean the same logit")
+        return torch.tensor(index, dtype=torch.long)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """A kind of head as the registry knows it.
+
+    Args:
+        name: What `--head` takes.
+        summary: One line for the catalogue.
+        fit: `(features (N, D), labels (N,), num_classes, seed) -> nn.Module`; None when it is not fitted.
+        restore: Rebuilds the module from a saved state dict; None when it is not fitted.
+        settings: Hyper-parameters, stored in the report and part of the cache key.
+    """
+
+    name: str
+    summary: str
+    fit: Callable[[Tensor, Tensor, int, int], nn.Module] | None = None
+    restore: Callable[[Mapping[str, Tensor]], nn.Module] | None = None
+    settings: Mapping[str, Any] | None = None

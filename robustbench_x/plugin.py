@@ -1,0 +1,207 @@
+"""What a plugin registers: attacks and defences, each described by a spec that tests and reports read."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import pydantic
+from torch import Tensor
+
+from robustbench_x.errors import ConfigError, MissingExtraError, PluginError, near_matches
+from robustbench_x.numbers import parse_number
+from robustbench_x.threat import Norm
+from robustbench_x.views import Access, Knowledge, View
+
+__all__ = ["Attack", "AttackSpec", "Defense", "DefenseSpec", "Param", "StandInDefense", "param"]
+
+ViewT = TypeVar("ViewT", bound=View, contravariant=True)
+
+
+class Attack(Protocol[ViewT]):
+    """Turns a view into candidate images; the harness judges them.
+
+    An attack is a frozen dataclass whose fields are its parameters. It never writes to what it is handed.
+    """
+
+    def run(self, view: ViewT) -> Tensor:
+        """Candidate images, same shape, dtype and device as `view.inputs`."""
+
+
+class Defense(Protocol):
+    """Maps images `(N, 3, H, W)` in [0, 1] to images in [0, 1]: what is deployed in front of the encoder.
+
+    A random defence draws from torch's global generator, which the harness seeds and restores.
+    """
+
+    def apply(self, images: Tensor) -> Tensor:
+        """The images the encoder gets to see."""
+
+
+class StandInDefense(Defense, Protocol):
+    """A defence with no useful gradient of its own, and a differentiable stand-in for it."""
+
+    def stand_in(self, images: Tensor) -> Tensor:
+        """A differentiable approximation of `apply`, used only for its gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """One parameter of a plugin, as `rbx describe` shows it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def param(default: Any, help: str) -> Any:  # noqa: A002 - argparse, click and typer call it help
+    """A dataclass field with a default and a line of help, for attack and defence parameters."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spec:
+    """What attacks and defences have in common: a name, a factory whose fields are the parameters, a source.
+
+    `extra` is (package, extra) where the plugin needs an optional dependency, and `missing` says whether it
+    is absent here.
+    """
+
+    name: str
+    summary: str
+    factory: Callable[..., Any]
+    source: str
+    extra: tuple[str, str] | None = None
+    missing: Callable[[], bool] = lambda: False
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """The parameters, in the order the factory declares them."""
+        fields = dataclasses.fields(self.factory) if dataclasses.is_dataclass(self.factory) else ()
+        return tuple(
+            Param(name=f.name, type=_type_name(f.type), default=f.default, help=f.metadata.get("help", ""))
+            for f in fields
+            if f.init
+        )
+
+    def build(self, params: Mapping[str, Any] | None = None) -> Any:
+        """The plugin with `params` set and everything else at its default.
+
+        Raises:
+            MissingExtraError: It needs a package that is not installed.
+            ConfigError: A parameter is unknown or of the wrong type or value.
+        """
+        if self.extra and self.missing():
+            raise MissingExtraError(self.name, package=self.extra[0], extra=self.extra[1])
+        params = dict(params or {})
+        known = [p.name for p in self.params]
+        for key in params:
+            if key not in known:
+                near = near_matches(key, known)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+                raise ConfigError(f"{self.name} has no parameter '{key}'; {hint}")
+        hints = typing.get_type_hints(self.factory)
+        checked = {k: _coerce(f"{self.name}.{k}", v, hints[k]) for k, v in params.items()}
+        try:
+            return self.factory(**checked)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
+
+    def effective(self, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Every parameter's value with `params` applied, as a report stores it."""
+        built = self.build(params)
+        return {p.name: getattr(built, p.name) for p in self.params}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSpec(_Spec):
+    """An attack as the registry knows it.
+
+    Args:
+        name: As in its paper, lower-case.
+        summary: One line for the catalogue.
+        factory: A frozen dataclass with a `run(view)` method.
+        source: Paper or origin.
+        access: What it needs to see; decides which view it gets.
+        norms: Threat models it supports.
+        goal: `targeted` attacks aim at a class they choose; both are judged by whether the prediction is wrong.
+        budget: Spends a fixed budget (True) or searches the smallest change and is projected (False).
+        deterministic: Makes the same images from the same view and seed, bit for bit, on one machine.
+        control: A control (noise), not meant to succeed.
+    """
+
+    access: Access
+    norms: tuple[Norm, ...] = ("linf",)
+    goal: Literal["untargeted", "targeted"] = "untargeted"
+    budget: bool = True
+    deterministic: bool = True
+    control: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseSpec(_Spec):
+    """A defence as the registry knows it.
+
+    Args:
+        name: Lower-case.
+        summary: One line for the catalogue.
+        factory: A frozen dataclass with `apply(images)`, and `stand_in(images)` when `gradient` is `stand-in`.
+        source: Paper or origin.
+        gradient: `exact` when `apply` is differentiable as it is, `stand-in` when `full` knowledge needs the stand-in.
+        stochastic: Draws anew at every call; judged on fresh draws.
+        knowledge: Levels an attacker can have of it.
+    """
+
+    gradient: Literal["exact", "stand-in"] = "exact"
+    stochastic: bool = False
+    knowledge: tuple[Knowledge, ...] = ("oblivious", "bpda", "full")
+
+
+def check_spec(spec: AttackSpec | DefenseSpec) -> None:
+    """Refuses a malformed spec at registration, naming what is wrong.
+
+    Raises:
+        PluginError: Bad name, unknown level, missing method, or parameters that cannot be introspected.
+    """
+    kind = "attack" if isinstance(spec, AttackSpec) else "defence"
+    where = f"{kind} '{spec.name}'"
+    if not spec.name or spec.name.split() != [spec.name]:
+        raise PluginError(f"{where}: a name is one word without spaces")
+    if not spec.summary or not spec.source:
+        raise PluginError(f"{where}: summary and source must say something")
+    if not dataclasses.is_dataclass(spec.factory):
+        raise PluginError(f"{where}: its factory must be a dataclass, so that its parameters can be listed and stored")
+    methods = ["run"] if isinstance(spec, AttackSpec) else ["apply"]
+    if isinstance(spec, AttackSpec):
+        _check_choices(where, "access", (spec.access,), typing.get_args(Access))
+        _check_choices(where, "norms", spec.norms, typing.get_args(Norm))
+    else:
+        _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
+        methods += ["stand_in"] if spec.gradient == "stand-in" else []
+    for method in methods:
+        if not callable(getattr(spec.factory, method, None)):
+            raise PluginError(f"{where}: {spec.factory!r} has no method {method}()")
+    for p in spec.params:
+        if p.default is dataclasses.MISSING:
+            raise PluginError(f"{where}: parameter '{p.name}' has no default")
+
+
+def _check_choices(where: str, what: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not values or any(value not in known for value in values):
+        raise PluginError(f"{where}: {what} {values} must be among {known}")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    if hint is float or (typing.get_args(hint) and float in typing.get_args(hint) and isinstance(value, str)):
+        value = parse_number(value) if isinstance(value, str) else value
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]["msg"].lower()
+        raise ConfigError(f"{name}={value!r}: {problem} (expected {_type_name(hint)})") from None
+
+
+def _type_name(hint: Any) -> str:
+    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint)).replace("typing.", "")

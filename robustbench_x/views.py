@@ -1,0 +1,239 @@
+"""What an attack is handed: one view per access level, and nothing else.
+
+Access is enforced by omission. An `EncoderView` has no labels, no head and no downstream data to reach for;
+a `QueryView` answers questions without holding the model. A test walks everything an attack can reach
+through the attributes of its view. This keeps honest code honest and makes a slip impossible; it is no
+sandbox: a plugin is code you installed, and Python lets it read the whole process.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from robustbench_x.encoders.encoder import Encoder, Tokens
+from robustbench_x.errors import BudgetError
+from robustbench_x.randomness import SampleRandom
+from robustbench_x.threat import ThreatModel
+
+__all__ = [
+    "Access",
+    "EncoderHandle",
+    "EncoderView",
+    "ImageView",
+    "Knowledge",
+    "Meter",
+    "ModelHandle",
+    "Query",
+    "QueryView",
+    "View",
+    "WhiteboxView",
+]
+
+Access = Literal["none", "encoder", "whitebox", "scores", "labels"]
+Knowledge = Literal["none", "oblivious", "bpda", "full"]
+Perceive = Callable[[Tensor], Tensor]
+
+
+@final
+class Meter:
+    """Counts images sent forward and backward through the victim; the harness reads it, the attack cannot reset it."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+
+    def count(self, output: Tensor, batch: int) -> Tensor:
+        """Counts one forward of `batch` images, and a backward each time a gradient arrives at `output`."""
+        self.forwards += batch
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._count_backward(batch))  # type: ignore[no-untyped-call]
+        return output
+
+    def _count_backward(self, batch: int) -> None:
+        self.backwards += batch
+
+
+@final
+class EncoderHandle:
+    """The encoder as an attack sees it: through whatever it knows of the defence, metered, with gradients.
+
+    Args:
+        encoder: The public encoder.
+        perceive: Pixels to pixels: the defence as the attacker knows it (identity when undefended).
+        meter: Counts passes.
+        bf16: Runs the network under bfloat16 autocast; outputs are float32 all the same.
+        stochastic: Whether `perceive` draws anew at every call, so that gradients deserve averaging.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        perceive: Perceive,
+        meter: Meter,
+        *,
+        bf16: bool = False,
+        stochastic: bool = False,
+    ) -> None:
+        self._encoder = encoder
+        self._perceive = perceive
+        self._meter = meter
+        self._bf16 = bf16
+        self.stochastic = stochastic
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names for `tokens`, shallow to deep."""
+        return self._encoder.layers
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the pooled features."""
+        return self._encoder.feature_dim
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) the encoder runs at."""
+        return self._encoder.input_size
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the encoder's weights, for caches and artefacts."""
+        return self._encoder.sha256
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features `(N, D)` float32 of `images` `(N, 3, H, W)` in [0, 1]."""
+        with _autocast(images, self._bf16):
+            features = self._encoder(self._perceive(images)).float()
+        return self._meter.count(features, len(images))
+
+    def tokens(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tokens]:
+        """Tokens of the named layers (see `Encoder.tokens`); the meter counts one pass, shallow or not."""
+        with _autocast(images, self._bf16):
+            tokens = self._encoder.tokens(self._perceive(images), layers)
+        deepest = max(layers, key=self.layers.index)
+        self._meter.count(tokens[deepest].spatial, len(images))
+        return tokens
+
+
+@final
+class ModelHandle:
+    """The whole victim as an attack with white-box access sees it: `model(images)` gives logits with gradients.
+
+    Args:
+        logits: Pixels to logits `(N, K)`.
+        meter: Counts passes.
+        bf16: Runs the victim under bfloat16 autocast; logits are float32 all the same.
+        stochastic: Whether the victim draws anew at every call.
+    """
+
+    def __init__(self, logits: Perceive, meter: Meter, *, bf16: bool = False, stochastic: bool = False) -> None:
+        self._logits = logits
+        self._meter = meter
+        self._bf16 = bf16
+        self.stochastic = stochastic
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits `(N, K)` float32 of `images` `(N, 3, H, W)` in [0, 1]."""
+        with _autocast(images, self._bf16):
+            logits = self._logits(images).float()
+        return self._meter.count(logits, len(images))
+
+
+_ORACLES: dict[int, Perceive] = {}
+"""Victims behind open queries, by ticket; a `Query` holds the ticket only."""
+
+
+@final
+class Query:
+    """Answers about the victim, counted and capped; holds no reference to it.
+
+    Args:
+        logits: Pixels to logits; kept out of reach of this object's attributes.
+        meter: Counts images asked about.
+        answer: `scores` returns logits, `labels` the predicted classes.
+        cap: Most images that may be asked about in this batch; None for no cap.
+    """
+
+    def __init__(self, logits: Perceive, meter: Meter, *, answer: Literal["scores", "labels"], cap: int | None) -> None:
+        self._ticket = id(self)
+        _ORACLES[self._ticket] = logits
+        self._meter = meter
+        self._answer = answer
+        self._cap = cap
+
+    @property
+    def remaining(self) -> int | None:
+        """Images that may still be asked about; None without a cap."""
+        return None if self._cap is None else self._cap - self._meter.forwards
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits `(N, K)` or predicted classes `(N,)`, never with a gradient.
+
+        Raises:
+            BudgetError: The cap would be exceeded.
+        """
+        if self._cap is not None and self._meter.forwards + len(images) > self._cap:
+            raise BudgetError(f"the query cap of {self._cap} images is spent ({self._meter.forwards} used)")
+        logits = self._meter.count(_ORACLES[self._ticket](images).float(), len(images))
+        return logits.detach().clone() if self._answer == "scores" else logits.argmax(dim=1)
+
+    def close(self) -> None:
+        """Ends the session; later questions fail."""
+        _ORACLES.pop(self._ticket, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What every attack is handed.
+
+    `inputs` are clean images `(N, 3, H, W)` in [0, 1] (a copy: writing to it changes nothing), `threat` the
+    budget, `random` the only randomness to use. `exhaustive` asks for the strongest images the attack can
+    make; without it an attack may stop working on a sample that is already fooled.
+    """
+
+    inputs: Tensor
+    threat: ThreatModel
+    random: SampleRandom
+    exhaustive: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageView(View):
+    """Access `none`: images only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderView(View):
+    """Access `encoder`: the public encoder and unlabelled surrogate images; no head, no labels, no downstream data.
+
+    `surrogate` is `(M, 3, H, W)` in [0, 1], or None when the audit names no surrogate data.
+    """
+
+    encoder: EncoderHandle
+    surrogate: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhiteboxView(View):
+    """Access `whitebox`: the victim's logits with gradients, and the true `labels` `(N,)` as logit indices."""
+
+    labels: Tensor
+    model: ModelHandle
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryView(View):
+    """Access `scores` or `labels`: a counted query function, and the true `labels` `(N,)`."""
+
+    labels: Tensor
+    query: Query
+    num_classes: int
+
+
+def _autocast(images: Tensor, bf16: bool) -> torch.autocast:
+    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16)

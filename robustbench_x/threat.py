@@ -91,7 +91,7 @@ class ThreatModel:
         return _NORMS[self.norm].distance(candidates, inputs, self)
 
     def overrun(self, candidates: Tensor, inputs: Tensor) -> Tensor:
-        """How far each candidate lies outside budget or range, shape `(N,)`, largest pixel difference to its projection."""
+        """How far each candidate lies outside budget or range, `(N,)`: largest pixel difference to its projection."""
         return (candidates - self.project(candidates, inputs)).abs().amax(dim=_DIMS)
 
     def noise(self, inputs: Tensor, random: SampleRandom) -> Tensor:

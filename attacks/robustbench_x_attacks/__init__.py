@@ -1,0 +1,20 @@
+"""First-party attacks, registered through the same entry point as anyone's."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustbench_x.registry import Registry
+
+__all__ = ["register"]
+
+
+def register(registry: "Registry") -> None:
+    """Adds every attack of this package to `registry`."""
+    from robustbench_x_attacks import embed, gradient, noise, torchattacks_bridge
+
+    registry.add_attack(noise.SPEC)
+    registry.add_attack(embed.SPEC)
+    for spec in gradient.SPECS:
+        registry.add_attack(spec)
+    for spec in torchattacks_bridge.specs():
+        registry.add_attack(spec)

@@ -1,0 +1,15 @@
+"""First-party defences, registered through the same entry point as anyone's."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustbench_x.registry import Registry
+
+__all__ = ["register"]
+
+
+def register(registry: "Registry") -> None:
+    """Adds every defence of this package to `registry`."""
+    from robustbench_x_defenses import jpeg
+
+    registry.add_defense(jpeg.SPEC)

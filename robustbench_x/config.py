@@ -1,0 +1,213 @@
+"""What an audit is asked to do: a validated, frozen, replayable configuration."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from robustbench_x.errors import ConfigError
+from robustbench_x.numbers import format_eps, parse_number
+from robustbench_x.threat import Norm, Placement, ThreatModel
+from robustbench_x.toml import dump_toml, parse_toml, read_toml
+
+__all__ = [
+    "AttackConfig",
+    "AuditConfig",
+    "DefenseConfig",
+    "Number",
+    "TargetConfig",
+    "default_config",
+    "load_config",
+    "parse_params",
+]
+
+
+def _number(value: Any) -> Any:
+    try:
+        return parse_number(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int, float)) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A float that may be written as a fraction: `"8/255"`."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetConfig(_Frozen):
+    """Encoders, heads and data that are audited in every combination; a single name stands for a list of one."""
+
+    encoder: Names
+    head: Names = ("linear",)
+    data: Names
+    samples: Annotated[int, Field(gt=0)] | None = None
+
+
+class _Plugin(_Frozen):
+    """A plugin by name; `label` is what the report calls it; every other key is one of its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    label: str | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that were set."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def title(self) -> str:
+        """What the report calls it."""
+        return self.label or self.name
+
+
+class AttackConfig(_Plugin):
+    """An attack. One attack may run with several settings, each under its own label."""
+
+
+class DefenseConfig(_Plugin):
+    """A defence, and what the attackers know of it."""
+
+    knowledge: tuple[Literal["oblivious", "bpda", "full"], ...] | None = None
+
+
+class AuditConfig(_Frozen):
+    """A whole audit.
+
+    `eps` is in [0, 1] units (for `patch`: a share of the area), one value or a list. `samples` are drawn per
+    data set, seeded and stratified. `mode` is `verdict` (a fooled sample leaves the batch) or `exhaustive`.
+    `query_cap` bounds queries per sample for score and label attacks.
+    """
+
+    target: tuple[TargetConfig, ...] = Field(min_length=1)
+    attack: tuple[AttackConfig, ...] = Field(min_length=1)
+    defense: tuple[DefenseConfig, ...] = ()
+    norm: Norm = "linf"
+    eps: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)] = (4 / 255,)
+    placement: Placement = "bottom-right"
+    samples: Annotated[int, Field(gt=0)] | None = None
+    surrogate: str | None = None
+    surrogate_samples: Annotated[int, Field(gt=0)] = 256
+    mode: Literal["verdict", "exhaustive"] = "verdict"
+    query_cap: Annotated[int, Field(gt=0)] | None = None
+    judge_draws: Annotated[int, Field(gt=0)] = 20
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    shard: str | None = None
+    allow_pickle: bool = False
+
+    @pydantic.field_validator("eps")
+    @classmethod
+    def _eps_in_range(cls, value: tuple[float, ...], info: pydantic.ValidationInfo) -> tuple[float, ...]:
+        try:
+            for eps in value:
+                ThreatModel(norm=info.data.get("norm", "linf"), eps=eps)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if len({format_eps(eps) for eps in value}) != len(value):
+            raise ValueError("a budget is listed twice")
+        return value
+
+    @pydantic.field_validator("attack", "defense")
+    @classmethod
+    def _titles_differ(cls, value: tuple[_Plugin, ...]) -> tuple[_Plugin, ...]:
+        titles = [entry.title for entry in value]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"'{title}' is listed twice; give each its own label")
+        return value
+
+    @pydantic.field_validator("shard")
+    @classmethod
+    def _shard_is_a_share(cls, value: str | None) -> str | None:
+        if value is not None:
+            index, _, count = value.partition("/")
+            if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+                raise ValueError(f"'{value}' is not a shard; write 1/4 for the first of four")
+        return value
+
+    @property
+    def threats(self) -> tuple[ThreatModel, ...]:
+        """One threat model per budget."""
+        return tuple(ThreatModel(norm=self.norm, eps=eps, placement=self.placement) for eps in self.eps)
+
+    def replay(self) -> dict[str, Any]:
+        """The configuration as plain values that load back to the same audit."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        values["eps"] = [format_eps(eps) if "/" in format_eps(eps) else eps for eps in self.eps]
+        return values
+
+    def to_toml(self) -> str:
+        """The same as TOML."""
+        return dump_toml(self.replay())
+
+
+def load_config(path: Path) -> AuditConfig:
+    """The audit that a TOML file describes.
+
+    Raises:
+        ConfigError: The file is missing, malformed or does not fit; names file, line and key.
+    """
+    return read_toml(path, AuditConfig)
+
+
+def default_config() -> AuditConfig:
+    """The audit that `rbx audit` runs when nothing is asked for."""
+    resource = files("robustbench_x") / "presets" / "default.toml"
+    return parse_toml(resource.read_text(encoding="utf-8"), AuditConfig, name="the embedded default")
+
+
+def parse_params(assignments: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`attack.param=value` assignments by plugin name.
+
+    Values are read as TOML where they are TOML (numbers, booleans, quoted strings) and as text otherwise.
+    The plugin name may hold dots; the longest of `names` that fits is taken.
+
+    Raises:
+        ConfigError: An assignment is malformed or names a plugin that this audit does not run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        left, equals, value = text.partition("=")
+        owners = [name for name in names if left.startswith(f"{name}.")]
+        if not equals or "." not in left:
+            raise ConfigError(f"-p {text}: write attack.param=value, for example pgd.steps=50")
+        if not owners:
+            owner = left.rpartition(".")[0]
+            raise ConfigError(f"-p {text}: this audit runs no '{owner}'; it runs {', '.join(names)}")
+        owner = max(owners, key=len)
+        found.setdefault(owner, {})[left[len(owner) + 1 :]] = _value(value)
+    return found
+
+
+def with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig:
+    """`config` with `attack.param=value` assignments applied to its attacks and defences."""
+    titles = [entry.title for entry in (*config.attack, *config.defense)]
+    params = parse_params(assignments, titles)
+    values = config.model_dump(mode="python")
+    for kind in ("attack", "defense"):
+        values[kind] = [{**entry, **params.get(entry["label"] or entry["name"], {})} for entry in values[kind]]
+    return AuditConfig.model_validate(values)
+
+
+def _value(text: str) -> Any:
+    import tomllib
+
+    try:
+        parsed: Mapping[str, Any] = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"]

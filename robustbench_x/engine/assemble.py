@@ -1,0 +1,162 @@
+"""Rows on disk to the report: a pure function, so that a resumed run and an uninterrupted one agree."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from robustbench_x.config import AuditConfig
+from robustbench_x.diagnose import CellRecord, check_cell, check_pair, error_messages
+from robustbench_x.errors import RunError
+from robustbench_x.metrics import Outcome, compute, worst_case
+from robustbench_x.plan import Cell, Plan, with_noise
+from robustbench_x.registry import Registry
+from robustbench_x.result import CellResult, Finding, Flag, Measure, Threat, WorstCase
+from robustbench_x.stats import Interval
+
+__all__ = ["Assembled", "assemble_cells", "cell_findings", "worst_cases"]
+
+Assembled = Mapping[str, CellRecord]
+
+
+def assemble_cells(
+    rows: pa.Table,
+    plan: Plan,
+    config: AuditConfig,
+    registry: Registry,
+    *,
+    num_classes: Mapping[tuple[str, str, str], int],
+) -> dict[str, CellRecord]:
+    """Every cell's outcome and metrics, in plan order.
+
+    Args:
+        rows: All rows on disk, in any order.
+        plan: What should be there.
+        config: The audit.
+        registry: Where attack specs are looked up.
+        num_classes: Logits of each (encoder, data, head).
+
+    Raises:
+        RunError: A cell has no row, or a sample twice.
+    """
+    attacks = {entry.title: entry for entry in with_noise(config.attack)}
+    columns = {name: rows.column(name).to_numpy(zero_copy_only=False) for name in rows.column_names}
+    by_cell = {cell.id: np.flatnonzero(columns["cell"] == cell.id) for cell in plan.cells}
+    records = {}
+    for cell in plan.cells:
+        index = by_cell[cell.id]
+        index = index[np.argsort(columns["position"][index], kind="stable")]
+        positions = columns["position"][index]
+        if not len(index) or len(np.unique(positions)) != len(index):
+            raise RunError(f"cell {cell.id}: {len(index)} rows for {len(np.unique(positions))} samples")
+        own = {name: values[index] for name, values in columns.items()}
+        outcome = _outcome(own)
+        records[cell.id] = CellRecord(
+            cell=cell,
+            spec=registry.attacks[attacks[cell.attack].name],
+            outcome=outcome,
+            overrun=own["overrun"].astype(float),
+            messages=error_messages(list(own["error"])),
+            num_classes=num_classes[cell.encoder, cell.data, cell.head],
+            metrics={name: measure(value) for name, value in compute(outcome).items()},
+        )
+    return records
+
+
+def cell_findings(records: Assembled) -> list[Finding]:
+    """What the rows reveal, cell by cell and cell against control."""
+    found = [f for record in records.values() for f in check_cell(record)]
+    lookup: dict[tuple[Any, ...], CellRecord] = {
+        (_victim(r.cell), r.cell.knowledge, r.cell.attack): r for r in records.values()
+    }
+    for record in records.values():
+        cell = record.cell
+        if record.spec.control:
+            continue
+        noise_level = "none" if cell.knowledge == "none" else "oblivious"
+        noise = lookup.get((_victim(cell), noise_level, "noise"))
+        if noise is not None:
+            found += check_pair(record, noise, "noise")
+        bpda = lookup.get((_victim(cell), "bpda", cell.attack))
+        if cell.knowledge == "full" and bpda is not None:
+            found += check_pair(record, bpda, "bpda")
+    return found
+
+
+def worst_cases(records: Assembled) -> tuple[WorstCase, ...]:
+    """Per victim and budget, per sample, the best attack at any knowledge."""
+    groups: dict[tuple[Any, ...], list[CellRecord]] = {}
+    for record in records.values():
+        groups.setdefault(_victim(record.cell), []).append(record)
+    return tuple(_worst(group) for group in groups.values())
+
+
+def _worst(group: Sequence[CellRecord]) -> WorstCase:
+    cell = group[0].cell
+    outcomes = [record.outcome for record in group]
+    combined = worst_case(outcomes)
+    errors = np.stack([o.error for o in outcomes]).any(axis=0)
+    correct = np.stack([o.clean_correct for o in outcomes]).any(axis=0)
+    names = [r.cell.attack if r.cell.knowledge == "none" else f"{r.cell.attack} ({r.cell.knowledge})" for r in group]
+    return WorstCase(
+        encoder=cell.encoder,
+        head=cell.head,
+        data=cell.data,
+        defense=cell.defense,
+        threat=stored_threat(cell),
+        n=len(outcomes[0]),
+        n_clean_correct=int(correct.sum()),
+        n_errors=int(errors.sum()),
+        robust_accuracy=measure(combined["robust_accuracy"]),
+        asr=measure(combined["asr"]),
+        attacks=tuple(names),
+    )
+
+
+def cell_result(record: CellRecord, flags: Sequence[Finding], *, params: Mapping[str, Any]) -> CellResult:
+    """A record as the report stores it."""
+    cell, outcome = record.cell, record.outcome
+    return CellResult(
+        id=cell.id,
+        encoder=cell.encoder,
+        head=cell.head,
+        data=cell.data,
+        defense=cell.defense,
+        knowledge=cell.knowledge,
+        attack=cell.attack,
+        access=record.spec.access,
+        control=record.spec.control,
+        threat=stored_threat(cell),
+        params=dict(params),
+        n=len(outcome),
+        n_clean_correct=int(outcome.clean_correct.sum()),
+        n_errors=int(outcome.error.sum()),
+        metrics=record.metrics,
+        flags=tuple(Flag(id=f.id, level=f.level, message=f.message) for f in flags),
+    )
+
+
+def stored_threat(cell: Cell) -> Threat:
+    """A cell's budget as the report stores it."""
+    threat = cell.threat
+    return Threat(norm=threat.norm, eps=threat.eps, placement=threat.placement if threat.norm == "patch" else None)
+
+
+def measure(interval: Interval) -> Measure:
+    """An interval as the report stores it."""
+    return Measure(value=interval.value, low=interval.low, high=interval.high)
+
+
+def _victim(cell: Cell) -> tuple[Any, ...]:
+    return cell.encoder, cell.head, cell.data, cell.defense, cell.threat
+
+
+def _outcome(own: Mapping[str, np.ndarray]) -> Outcome:
+    error = np.array([message is not None for message in own["error"]], dtype=bool)
+    values: dict[str, Any] = {
+        name: own[name].astype(float)
+        for name in ("linf", "l2", "ssim", "feature_cosine", "forwards", "backwards", "seconds")
+    }
+    values |= {name: own[name].astype(np.int64) for name in ("label", "clean_pred", "adv_pred", "adv8_pred")}
+    return Outcome(error=error, target=np.full(len(error), -1, dtype=np.int64), **values)

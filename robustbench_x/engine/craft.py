@@ -1,0 +1,313 @@
+"""One craft on one batch: hand the attack its view, run it, judge what comes back, return rows."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustbench_x.config import AuditConfig
+from robustbench_x.engine.stage import Batch, StageAtWork
+from robustbench_x.judge import (
+    UNJUDGED,
+    Admitted,
+    Measured,
+    Reading,
+    admit,
+    feature_cosine,
+    first_errors,
+    measure,
+    predict,
+    read_features,
+)
+from robustbench_x.plan import Cell, Craft
+from robustbench_x.plugin import Attack, AttackSpec
+from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.victim import perceive
+from robustbench_x.views import (
+    EncoderHandle,
+    EncoderView,
+    ImageView,
+    Meter,
+    ModelHandle,
+    Perceive,
+    Query,
+    QueryView,
+    View,
+    WhiteboxView,
+)
+
+__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "is_out_of_memory"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackAtWork:
+    """A craft with its built attack and what it may use."""
+
+    craft: Craft
+    spec: AttackSpec
+    attack: Attack[Any]
+    surrogate: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What came of running the attack: images with errors, what they cost, and how far they moved."""
+
+    admitted: Admitted
+    measured: Measured
+    forwards: float
+    backwards: float
+    seconds: float
+
+
+def craft_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, config: AuditConfig, part: slice) -> list[Row]:
+    """Rows of part of a batch, for every cell of the craft; unreadable images come with the part that starts at 0.
+
+    Everything that goes wrong with the attack or the victim becomes an error row of the samples concerned.
+
+    Raises:
+        BaseException: Out of memory (the caller halves the part), and what is no `Exception`.
+    """
+    seeds = [derive_seed(stage.seed, work.craft.attack.title, item.id) for item in batch.items[part]]
+    rows = _unreadable_rows(stage, work.craft, batch) if part.start == 0 else []
+    inputs = batch.images[part]
+    if not len(inputs):
+        return rows
+    made = _make(stage, work, batch, part, seeds, config)
+    if isinstance(made, str):
+        return rows + [
+            _error_row(stage, cell, batch, i, made, seeds[i - part.start])
+            for cell in work.craft.cells
+            for i in range(part.start, part.start + len(inputs))
+        ]
+    for shield in dict.fromkeys(cell.defense for cell in work.craft.cells):
+        cells = [cell for cell in work.craft.cells if cell.defense == shield]
+        rows += _judge(stage, shield, cells, batch, part, made, seeds)
+    return rows
+
+
+def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceive:
+    """Pixels to what the attacker's gradients run through: logits of `head`, or features when it has none."""
+    through = perceive(stage.shields[craft.seen], craft.knowledge)
+    encoder = stage.encoder
+    if head is None:
+        return lambda images: encoder(through(images))
+    top = stage.heads[head]
+    return lambda images: top(encoder(through(images)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is any of the ways in which torch says that memory is short."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _make(
+    stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slice, seeds: list[int], config: AuditConfig
+) -> _Made | str:
+    """The attack's images after admission, or why there are none."""
+    inputs = batch.images[part]
+    meter = Meter()
+    view = _view(stage, work, batch, part, seeds, meter, config)
+    started = time.perf_counter()
+    problem = None
+    try:
+        # An attack may seed or draw from the global generators; nothing else may feel it.
+        with torch.random.fork_rng(devices=[stage.device] if stage.device.type == "cuda" else []):
+            torch.manual_seed(view.random.seed)
+            candidates = work.attack.run(view)
+        if stage.device.type == "cuda":
+            torch.cuda.synchronize(stage.device)
+        seconds = time.perf_counter() - started
+        admitted = admit(candidates, inputs, work.craft.threat)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        if isinstance(view, QueryView):
+            view.query.close()
+    if (broken := stage.seal.broken()) is not None:
+        stage.seal.restore()
+        problem = broken
+    if problem is not None:
+        return problem
+    return _Made(
+        admitted=admitted,
+        measured=measure(admitted.images, inputs),
+        forwards=meter.forwards / len(inputs),
+        backwards=meter.backwards / len(inputs),
+        seconds=seconds / len(inputs),
+    )
+
+
+def _view(
+    stage: StageAtWork,
+    work: AttackAtWork,
+    batch: Batch,
+    part: slice,
+    seeds: list[int],
+    meter: Meter,
+    config: AuditConfig,
+) -> View:
+    """What this attack is handed; see `robustbench_x.views`."""
+    craft, access = work.craft, work.spec.access
+    bf16 = config.precision == "bf16"
+    shared: dict[str, Any] = {
+        "inputs": batch.images[part].clone(),
+        "threat": craft.threat,
+        "random": SampleRandom(seeds, device=stage.device),
+        "exhaustive": craft.exhaustive,
+    }
+    if access == "none":
+        return ImageView(**shared)
+    shield = stage.shields[craft.seen]
+    stochastic = shield is not None and shield.spec.stochastic
+    if access == "encoder" or craft.head is None:
+        through = perceive(shield, craft.knowledge)
+        handle = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
+        return EncoderView(**shared, encoder=handle, surrogate=work.surrogate)
+    head = stage.heads[craft.head]
+    rows = list(batch.positions[part])
+    shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
+    if access == "whitebox":
+        sees = attacker_sees(stage, craft, craft.head)
+        return WhiteboxView(**shared, model=ModelHandle(sees, meter, bf16=bf16, stochastic=stochastic))
+    deployed = stage.defended(craft.seen)
+    cap = None if config.query_cap is None else config.query_cap * len(rows)
+    query = Query(
+        lambda images: deployed.logits(images, head),
+        meter,
+        answer="scores" if access == "scores" else "labels",
+        cap=cap,
+    )
+    return QueryView(**shared, query=query)
+
+
+def _judge(
+    stage: StageAtWork, shield: str, cells: list[Cell], batch: Batch, part: slice, made: _Made, seeds: list[int]
+) -> list[Row]:
+    """Rows of every cell behind one defence, from one pass over the images and one over their 8-bit versions."""
+    inputs, images = batch.images[part], made.admitted.images
+    count = len(inputs)
+    try:
+        clean = stage.clean(shield, batch, part=part)
+        seed = derive_seed(stage.seed, "adversarial", *seeds)
+        victim = stage.defended(shield)
+        adversarial = read_features(images, victim, draws=stage.judge_draws, seed=seed)
+        levels = cells[0].threat.quantize(images, inputs)
+        rounded = read_features(levels, victim, draws=stage.judge_draws, seed=seed)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"the victim failed: {type(error).__name__}: {error}"
+        return [
+            _error_row(stage, cell, batch, part.start + i, problem, seeds[i]) for cell in cells for i in range(count)
+        ]
+    return [
+        row for cell in cells for row in _rows(stage, cell, batch, part, made, (clean, adversarial, rounded), seeds)
+    ]
+
+
+def _rows(
+    stage: StageAtWork,
+    cell: Cell,
+    batch: Batch,
+    part: slice,
+    made: _Made,
+    readings: tuple[Reading, Reading, Reading],
+    seeds: list[int],
+) -> list[Row]:
+    head = stage.heads[cell.head]
+    labels = stage.labels[cell.head][list(batch.positions[part])]
+    clean, adversarial, _ = readings
+    predictions, errors = [], [made.admitted.errors]
+    for reading in readings:
+        predicted, problems = predict(reading, head, labels)
+        predictions.append(predicted.tolist())
+        errors.append(problems)
+    cosine = feature_cosine(adversarial, clean).tolist()
+    linf, l2, ssim = (m.tolist() for m in (made.measured.linf, made.measured.l2, made.measured.ssim))
+    overrun = made.admitted.overrun.tolist()
+    rows = []
+    for i, error in enumerate(first_errors(*errors)):
+        if error is not None:
+            rows.append(_error_row(stage, cell, batch, part.start + i, error, seeds[i]))
+            continue
+        clean_pred, adv_pred, adv8_pred = (p[i] for p in predictions)
+        label = int(labels[i])
+        rows.append(
+            {
+                **_identity(cell, batch.positions[part.start + i], batch.items[part.start + i].id, label),
+                "sha256": batch.digests[part.start + i],
+                "clean_pred": clean_pred,
+                "adv_pred": adv_pred,
+                "adv8_pred": adv8_pred,
+                "clean_correct": clean_pred == label,
+                "fooled": clean_pred == label and adv_pred != label,
+                "flipped": adv_pred != clean_pred,
+                "linf": linf[i],
+                "l2": l2[i],
+                "ssim": ssim[i],
+                "feature_cosine": cosine[i],
+                "overrun": overrun[i],
+                "forwards": made.forwards,
+                "backwards": made.backwards,
+                "seconds": made.seconds,
+                "seed": seeds[i],
+            }
+        )
+    return rows
+
+
+def _error_row(stage: StageAtWork, cell: Cell, batch: Batch, index: int, error: str, seed: int) -> Row:
+    position = batch.positions[index]
+    label = int(stage.labels[cell.head][position])
+    identity = _identity(cell, position, batch.items[index].id, label)
+    return {**identity, **_NO_VERDICT, "sha256": batch.digests[index], "seed": seed, "error": error}
+
+
+def _unreadable_rows(stage: StageAtWork, craft: Craft, batch: Batch) -> list[Row]:
+    return [
+        {
+            **_identity(cell, position, item.id, int(stage.labels[cell.head][position])),
+            **_NO_VERDICT,
+            "error": message,
+        }
+        for cell in craft.cells
+        for position, (item, message) in batch.unreadable.items()
+    ]
+
+
+_NO_VERDICT: Mapping[str, Any] = {
+    "clean_pred": UNJUDGED,
+    "adv_pred": UNJUDGED,
+    "adv8_pred": UNJUDGED,
+    "clean_correct": None,
+    "fooled": None,
+    "flipped": None,
+}
+
+
+def _identity(cell: Cell, position: int, sample: str, label: int) -> Row:
+    return {
+        "cell": cell.id,
+        "encoder": cell.encoder,
+        "head": cell.head,
+        "data": cell.data,
+        "defense": cell.defense,
+        "knowledge": cell.knowledge,
+        "attack": cell.attack,
+        "norm": cell.threat.norm,
+        "eps": cell.threat.eps,
+        "position": position,
+        "sample": sample,
+        "label": label,
+    }

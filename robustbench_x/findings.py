@@ -1,0 +1,134 @@
+"""The catalogue of findings: every doubt the harness can raise about an evaluation, with what to do about it."""
+
+from dataclasses import dataclass
+
+from robustbench_x.result import Finding, Level
+
+__all__ = ["FINDINGS", "FindingKind", "finding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingKind:
+    """A kind of finding. `error`: the figures it concerns cannot be trusted, or would flatter the defender."""
+
+    level: Level
+    title: str
+    advice: str
+    source: str
+
+
+FINDINGS: dict[str, FindingKind] = {
+    "sample_errors": FindingKind(
+        level="error",
+        title="samples could not be judged",
+        advice="Read the first message; fix the attack, defence or data and run again. Error rows are never robust.",
+        source="ours",
+    ),
+    "nothing_to_attack": FindingKind(
+        level="error",
+        title="no sample is classified correctly when clean",
+        advice="Check the head, the class order and the preprocessing: an attack success rate needs correct samples.",
+        source="ours",
+    ),
+    "not_logits": FindingKind(
+        level="error",
+        title="the head returns probabilities, not logits",
+        advice="Remove the softmax: it flattens the gradient and the victim looks more robust than it is.",
+        source="AutoAttack, check of the output range",
+    ),
+    "nonfinite_output": FindingKind(
+        level="error",
+        title="the victim returns NaN or infinity",
+        advice="Fix the model or defence; a prediction from NaN means nothing.",
+        source="ours",
+    ),
+    "nonfinite_gradient": FindingKind(
+        level="error",
+        title="the gradient holds NaN or infinity",
+        advice="Gradient attacks are blind here; use a stand-in gradient (BPDA) or fix the operation.",
+        source="ours",
+    ),
+    "zero_gradient": FindingKind(
+        level="error",
+        title="the gradient is exactly zero",
+        advice="The gradient is masked: judge this victim by bpda, transfer and query attacks, not by this cell.",
+        source="AutoAttack; Pintor et al. 2022, indicator 1; Athalye et al. 2018",
+    ),
+    "broken_graph": FindingKind(
+        level="error",
+        title="no gradient reaches the pixels",
+        advice="The victim detaches its input; attack it through bpda, or register a differentiable stand-in.",
+        source="Pintor et al. 2022, indicator 1",
+    ),
+    "probe_failed": FindingKind(
+        level="error",
+        title="a check of the victim could not run",
+        advice="Read the message: what breaks the check most likely breaks the attacks too.",
+        source="ours",
+    ),
+    "undeclared_randomness": FindingKind(
+        level="error",
+        title="the victim answers differently to the same images",
+        advice="Declare the defence stochastic, so that it is judged on fresh draws and attacked with EOT.",
+        source="AutoAttack, check of randomness",
+    ),
+    "budget_overrun": FindingKind(
+        level="error",
+        title="the attack left its budget and was projected back",
+        advice="Fix the attack: what was judged is not what it made.",
+        source="ours",
+    ),
+    "idle_attack": FindingKind(
+        level="error",
+        title="the attack returned clean images for everything it did not break",
+        advice="It did not attack those samples with what it spent; raise its steps or look for a swallowed error.",
+        source="Pintor et al. 2022, indicator 3",
+    ),
+    "weaker_than_noise": FindingKind(
+        level="error",
+        title="noise of the same size does more damage",
+        advice="The attack is broken or its gradient is masked; its robust accuracy is no evidence.",
+        source="Carlini et al. 2019",
+    ),
+    "noise_breaks_others": FindingKind(
+        level="warning",
+        title="noise breaks samples the attack does not",
+        advice="Give the attack more steps or restarts.",
+        source="Carlini et al. 2019, per-example inversion",
+    ),
+    "bpda_beats_full": FindingKind(
+        level="warning",
+        title="ignoring the defence's gradient beats using it",
+        advice="The defence's own gradient misleads the attack: read the bpda row, not the full one.",
+        source="Athalye et al. 2018",
+    ),
+    "chance_head": FindingKind(
+        level="warning",
+        title="clean accuracy is not above chance",
+        advice="The head has learned nothing here; an attack success rate on it says little.",
+        source="ours",
+    ),
+    "eight_bit_loss": FindingKind(
+        level="note",
+        title="part of the success does not survive rounding to 8 bit",
+        advice="Read asr_8bit where images travel as files.",
+        source="ours",
+    ),
+    "few_samples": FindingKind(
+        level="note",
+        title="fewer than 30 correct samples",
+        advice="Intervals are wide; raise --samples before you gate on this.",
+        source="ours",
+    ),
+    "unreadable_images": FindingKind(
+        level="warning",
+        title="training images could not be read",
+        advice="Repair or remove the named files; the head was fitted without them.",
+        source="ours",
+    ),
+}
+
+
+def finding(kind: str, message: str, cell: str | None = None) -> Finding:
+    """A finding of a known kind about `cell`, or about the run."""
+    return Finding(id=kind, level=FINDINGS[kind].level, message=message, cell=cell)

@@ -1,0 +1,128 @@
+"""The judge: candidate images in, verdicts out. No attack or defence can claim what it did not do.
+
+Candidates are checked (shape, finiteness), projected to the budget and to [0, 1], re-evaluated with fresh
+forward passes in float32, and measured here. What cannot be judged becomes an error, never "robust".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import kornia
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustbench_x.errors import SampleError
+from robustbench_x.heads.base import FittedHead
+from robustbench_x.randomness import derive_seed
+from robustbench_x.threat import ThreatModel
+from robustbench_x.victim import DefendedEncoder, fresh_draw
+
+__all__ = ["Admitted", "Measured", "Reading", "admit", "measure", "predict", "read_features"]
+
+UNJUDGED = -1
+"""The prediction of a sample that could not be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """Candidates after the checks: safe to evaluate, with what was wrong with each.
+
+    `images` `(N, C, H, W)` lie inside the budget (a rejected candidate is replaced by its clean image and
+    carries an error); `overrun` `(N,)` says how far the candidate lay outside before it was projected.
+    """
+
+    images: Tensor
+    errors: list[str | None]
+    overrun: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Features of one batch on one defended encoder: `(draws, N, D)`, one draw unless the defence is random."""
+
+    features: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Distances between adversarial and clean images, each `(N,)`."""
+
+    linf: Tensor
+    l2: Tensor
+    ssim: Tensor
+
+
+def admit(candidates: object, inputs: Tensor, threat: ThreatModel) -> Admitted:
+    """Checks what an attack returned and projects it to the budget.
+
+    Args:
+        candidates: Whatever the attack returned.
+        inputs: Clean images `(N, C, H, W)` in [0, 1].
+        threat: The budget.
+
+    Raises:
+        SampleError: It is no tensor of the inputs' shape, so no sample of the batch can be judged.
+    """
+    if not isinstance(candidates, Tensor):
+        raise SampleError(f"the attack returned a {type(candidates).__name__}, not a tensor")
+    if candidates.shape != inputs.shape:
+        raise SampleError(f"the attack returned shape {tuple(candidates.shape)}, expected {tuple(inputs.shape)}")
+    candidates = candidates.detach().to(device=inputs.device, dtype=torch.float32)
+    finite = candidates.isfinite().flatten(1).all(dim=1)
+    images = torch.where(finite.view(-1, 1, 1, 1), candidates, inputs)
+    overrun = threat.overrun(images, inputs)
+    errors = [None if ok else "the attack returned NaN or infinite pixels" for ok in finite.tolist()]
+    return Admitted(images=threat.project(images, inputs), errors=errors, overrun=overrun)
+
+
+@torch.no_grad()
+def read_features(images: Tensor, victim: DefendedEncoder, *, draws: int, seed: int) -> Reading:
+    """Features of `images` by fresh float32 passes; `draws` independent ones when the defence is random."""
+    count = draws if victim.stochastic else 1
+    readings = []
+    for draw in range(count):
+        with fresh_draw(derive_seed(seed, "judge", draw), images.device):
+            readings.append(victim.features(images))
+    return Reading(features=torch.stack(readings))
+
+
+@torch.no_grad()
+def predict(reading: Reading, head: FittedHead, labels: Tensor) -> tuple[Tensor, list[str | None]]:
+    """`(predictions (N,), errors)`: class indices, and what went wrong where none can be given.
+
+    With several draws a sample counts as right only when more than half of its draws are; otherwise its most
+    frequent wrong class is the prediction. A logit that is not finite in any draw is an error.
+    """
+    logits = torch.stack([head(features) for features in reading.features])
+    finite = logits.isfinite().all(dim=2).all(dim=0)
+    votes = logits.argmax(dim=2)
+    right = (votes == labels).float().mean(dim=0) > 0.5
+    counts = F.one_hot(votes.clamp(min=0), head.num_classes).sum(dim=0)
+    wrong_class = counts.scatter(1, labels[:, None], -1).argmax(dim=1)
+    predictions = torch.where(right, labels, wrong_class)
+    errors = [None if ok else "the victim returned NaN or infinite logits" for ok in finite.tolist()]
+    return predictions.masked_fill(~finite, UNJUDGED), errors
+
+
+@torch.no_grad()
+def measure(images: Tensor, inputs: Tensor) -> Measured:
+    """Norms of the change and the structural similarity (11 x 11 window, range 1; Wang et al. 2004)."""
+    change = images - inputs
+    window = min(11, *(side - (1 - side % 2) for side in images.shape[-2:]))
+    ssim = kornia.metrics.ssim(images, inputs, window_size=max(window, 1))
+    return Measured(
+        linf=change.abs().amax(dim=(1, 2, 3)),
+        l2=torch.linalg.vector_norm(change.flatten(1), dim=1),
+        ssim=ssim.flatten(1).mean(dim=1),
+    )
+
+
+def feature_cosine(adversarial: Reading, clean: Reading) -> Tensor:
+    """Mean cosine similarity of adversarial and clean features over draws, `(N,)`."""
+    return F.cosine_similarity(adversarial.features, clean.features, dim=2).mean(dim=0)
+
+
+def first_errors(*lists: Sequence[str | None]) -> list[str | None]:
+    """Per sample, the first error of several lists."""
+    return [next((e for e in entry if e is not None), None) for entry in zip(*lists, strict=True)]

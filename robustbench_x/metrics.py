@@ -1,0 +1,205 @@
+"""From per-sample records to the numbers of a report.
+
+A rate carries a Wilson interval; a mean has none. A sample that could not be judged is never robust and never
+fooled: it stays in the denominator of the accuracies and leaves every other one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustbench_x.stats import Interval, wilson
+
+__all__ = ["METRICS", "MetricInfo", "Outcome", "compute", "worst_case"]
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricInfo:
+    """What a gate, a table or a reader must know about a metric.
+
+    `higher_is_better` is the defender's view; None where the number only describes the attack. A rate lies in
+    [0, 1] and carries an interval.
+    """
+
+    name: str
+    higher_is_better: bool | None
+    is_rate: bool
+    help: str
+
+
+def _table(*entries: MetricInfo) -> dict[str, MetricInfo]:
+    return {entry.name: entry for entry in entries}
+
+
+def _rate(name: str, higher_is_better: bool | None, text: str) -> MetricInfo:
+    return MetricInfo(name=name, higher_is_better=higher_is_better, is_rate=True, help=text)
+
+
+def _mean(name: str, higher_is_better: bool | None, text: str) -> MetricInfo:
+    return MetricInfo(name=name, higher_is_better=higher_is_better, is_rate=False, help=text)
+
+
+METRICS: dict[str, MetricInfo] = _table(
+    _rate("clean_accuracy", True, "correct on the clean image, over all samples"),
+    _rate("robust_accuracy", True, "correct on the clean and on the adversarial image, over all samples"),
+    _rate("asr", False, "fooled, among the samples that are correct when clean"),
+    _rate("asr_total", False, "wrong on the adversarial image, over all judged samples"),
+    _rate("flip_rate", False, "prediction changed, over all judged samples"),
+    _rate("targeted_success", False, "predicted as the attack's target, over all judged samples with a target"),
+    _rate("asr_8bit", False, "asr after rounding to 8 bits inside the budget"),
+    _rate("collapse_ceiling", None, "flip rate of always predicting the most frequent adversarial prediction"),
+    _mean("feature_cosine", True, "mean cosine similarity of adversarial and clean features"),
+    _mean("linf_max", None, "largest change of any pixel of any image, in [0, 1] units"),
+    _mean("l2_mean", None, "mean Euclidean norm of the change, in [0, 1] units"),
+    _mean("ssim_mean", None, "mean structural similarity of adversarial and clean images"),
+    _mean("forwards_per_sample", None, "mean forward passes of the attack per sample"),
+    _mean("backwards_per_sample", None, "mean backward passes of the attack per sample"),
+    _mean("seconds", None, "mean seconds of the attack per sample"),
+)
+"""Every metric of a cell, in the order reports show them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One attack on one victim, sample by sample: arrays of equal length `(n,)`.
+
+    `label` and the predictions are logit indices; `adv8_pred` is the prediction after rounding to 8 bits.
+    `error` marks rows that could not be judged: their predictions mean nothing and their numbers are NaN. In a
+    judged row NaN means that nobody measured it, and the metric is then not measured either. `linf` and `l2` are
+    in [0, 1] units, `seconds` and the passes are per sample. `target` is -1 where the attack had none.
+
+    Raises:
+        ValueError: Lengths differ, or a judged row lacks a label or a prediction.
+    """
+
+    label: IntArray
+    clean_pred: IntArray
+    adv_pred: IntArray
+    adv8_pred: IntArray
+    error: BoolArray
+    linf: FloatArray
+    l2: FloatArray
+    ssim: FloatArray
+    feature_cosine: FloatArray
+    forwards: FloatArray
+    backwards: FloatArray
+    seconds: FloatArray
+    target: IntArray
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            shape = getattr(self, field.name).shape
+            if shape != (len(self.label),):
+                raise ValueError(f"{field.name} has shape {shape}, expected ({len(self.label)},) as label")
+        if self.error.dtype != np.bool_:
+            raise ValueError(f"error must be boolean, got {self.error.dtype}")
+        for name in ("label", "clean_pred", "adv_pred", "adv8_pred"):
+            missing = int((getattr(self, name)[self.judged] < 0).sum())
+            if missing:
+                raise ValueError(
+                    f"{missing} judged rows have no {name}; a row that was not judged must be an error row"
+                )
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def judged(self) -> BoolArray:
+        """Rows that hold a verdict."""
+        return ~self.error
+
+    @property
+    def clean_correct(self) -> BoolArray:
+        """Judged rows whose clean image is classified correctly."""
+        return self.judged & (self.clean_pred == self.label)
+
+    @property
+    def fooled(self) -> BoolArray:
+        """Clean-correct rows whose adversarial image is classified wrongly."""
+        return self.clean_correct & (self.adv_pred != self.label)
+
+
+def compute(outcome: Outcome) -> dict[str, Interval]:
+    """The metrics of one cell, in the order of `METRICS`.
+
+    `targeted_success` is absent when no sample has a target. Without a single judged row every value is None.
+    """
+    judged, correct = outcome.judged, outcome.clean_correct
+    attempted = judged & (outcome.target >= 0)
+    rates = {
+        "clean_accuracy": _share_of_all(correct, judged),
+        "robust_accuracy": _share_of_all(correct & ~outcome.fooled, judged),
+        "asr": _share(outcome.fooled, correct),
+        "asr_total": _share(outcome.adv_pred != outcome.label, judged),
+        "flip_rate": _share(outcome.adv_pred != outcome.clean_pred, judged),
+        "targeted_success": _share(outcome.adv_pred == outcome.target, attempted),
+        "asr_8bit": _share(outcome.adv8_pred != outcome.label, correct),
+        "collapse_ceiling": _share(outcome.clean_pred != _most_frequent(outcome.adv_pred[judged]), judged),
+    }
+    if not (outcome.target >= 0).any():
+        del rates["targeted_success"]
+    return {
+        **rates,
+        "feature_cosine": _mean_of(outcome.feature_cosine[judged]),
+        "linf_max": _max_of(outcome.linf[judged]),
+        "l2_mean": _mean_of(outcome.l2[judged]),
+        "ssim_mean": _mean_of(outcome.ssim[judged]),
+        "forwards_per_sample": _mean_of(outcome.forwards[judged]),
+        "backwards_per_sample": _mean_of(outcome.backwards[judged]),
+        "seconds": _mean_of(outcome.seconds[judged]),
+    }
+
+
+def worst_case(outcomes: Sequence[Outcome]) -> dict[str, Interval]:
+    """`robust_accuracy` and `asr` against whichever attack works, sample by sample.
+
+    A sample is fooled when any attack fooled it. One that no attack fooled and that some attack failed on is
+    unknown: not robust in `robust_accuracy`, and left out of `asr`.
+
+    Args:
+        outcomes: Attacks on the same samples of the same victim, in the same order.
+
+    Raises:
+        ValueError: There is no outcome, or they are not about the same samples.
+    """
+    if not outcomes:
+        raise ValueError("a worst case needs at least one attack")
+    for outcome in outcomes[1:]:
+        if not np.array_equal(outcome.label, outcomes[0].label):
+            raise ValueError("a worst case needs attacks on the same samples, but the labels differ")
+    fooled = np.stack([outcome.fooled for outcome in outcomes]).any(axis=0)
+    robust = np.stack([outcome.clean_correct & ~outcome.fooled for outcome in outcomes]).all(axis=0)
+    judged = np.stack([outcome.judged for outcome in outcomes]).any(axis=0)
+    return {"robust_accuracy": _share_of_all(robust, judged), "asr": _share(fooled, fooled | robust)}
+
+
+def _share(hits: BoolArray, among: BoolArray) -> Interval:
+    return wilson(int((hits & among).sum()), int(among.sum()))
+
+
+def _share_of_all(hits: BoolArray, judged: BoolArray) -> Interval:
+    # Zero of n would claim a measured failure where nothing was measured at all.
+    return wilson(int(hits.sum()), len(hits)) if judged.any() else Interval()
+
+
+def _most_frequent(predictions: IntArray) -> int:
+    # Of several equally frequent classes the lowest index, so that the figure is reproducible.
+    return int(np.bincount(predictions).argmax()) if len(predictions) else -1
+
+
+def _mean_of(values: FloatArray) -> Interval:
+    return _measured(float(values.mean())) if len(values) else Interval()
+
+
+def _max_of(values: FloatArray) -> Interval:
+    return _measured(float(values.max())) if len(values) else Interval()
+
+
+def _measured(value: float) -> Interval:
+    return Interval() if np.isnan(value) else Interval(value=value)

@@ -1,0 +1,229 @@
+"""The stored result, `report.json`: the one thing that every table, gate and report reads."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import ConfigDict
+
+from robustbench_x.errors import RunError
+from robustbench_x.store import write_atomically
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CellResult",
+    "EncoderInfo",
+    "Finding",
+    "GateVerdict",
+    "HeadInfo",
+    "Level",
+    "Measure",
+    "Report",
+    "RunInfo",
+    "Threat",
+    "WorstCase",
+    "json_schema",
+    "read_report",
+    "write_report",
+]
+
+SCHEMA_VERSION = "1"
+Level = Literal["note", "warning", "error"]
+
+
+class _Stored(pydantic.BaseModel):
+    # Keys may be added in later versions: a reader ignores what it does not know.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Measure(_Stored):
+    """A figure with its 95 % interval; all null where nothing was measured, no interval where it is a mean."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class Threat(_Stored):
+    """The budget of a cell."""
+
+    norm: str
+    eps: float
+    placement: str | None = None
+
+
+class Finding(_Stored):
+    """A doubt about the evaluation: with level `error` its figures cannot be trusted. No `cell` means the whole run."""
+
+    id: str
+    level: Level
+    message: str
+    cell: str | None = None
+
+
+class Flag(_Stored):
+    """A finding as its cell carries it."""
+
+    id: str
+    level: Level
+    message: str
+
+
+class CellResult(_Stored):
+    """One entry of the matrix, measured."""
+
+    id: str
+    encoder: str
+    head: str
+    task: str = "classification"
+    data: str
+    defense: str
+    knowledge: str
+    attack: str
+    access: str
+    control: bool = False
+    threat: Threat
+    params: dict[str, Any]
+    n: int
+    n_clean_correct: int
+    n_errors: int
+    metrics: dict[str, Measure]
+    flags: tuple[Flag, ...] = ()
+
+
+class WorstCase(_Stored):
+    """Per sample the minimum over every attack and knowledge level on one defended victim at one budget."""
+
+    encoder: str
+    head: str
+    data: str
+    defense: str
+    threat: Threat
+    n: int
+    n_clean_correct: int
+    n_errors: int
+    robust_accuracy: Measure
+    asr: Measure
+    attacks: tuple[str, ...]
+
+
+class HeadInfo(_Stored):
+    """How a head was made."""
+
+    encoder: str
+    data: str
+    head: str
+    num_classes: int
+    settings: dict[str, Any]
+
+
+class EncoderInfo(_Stored):
+    """Which weights were audited."""
+
+    source: str
+    sha256: str
+    parameters: int
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    license: str
+    notes: tuple[str, ...] = ()
+
+
+class DataInfo(_Stored):
+    """Which images were audited; `sha256` covers the ids and pixels of the evaluated samples."""
+
+    source: str
+    classes: int
+    train: int
+    test: int
+    evaluated: int
+    unreadable: tuple[str, ...] = ()
+    license: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class RunInfo(_Stored):
+    """Where, when and with what."""
+
+    id: str
+    started: str
+    finished: str | None
+    command: str
+    seed: int
+    device: str
+    precision: str
+    packages: dict[str, str]
+    robustbench_x: str
+    fingerprint: str
+    batch_size: int
+    platform: str = ""
+
+
+class GateVerdict(_Stored):
+    """One gate's judgement of one cell or worst case."""
+
+    gate: str
+    metric: str
+    bound: str
+    cell: str
+    verdict: Literal["pass", "fail", "inconclusive", "error"]
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    message: str
+
+
+class Report(_Stored):
+    """A whole run."""
+
+    schema_version: Literal["1"] = "1"
+    status: Literal["complete", "incomplete", "error"]
+    run: RunInfo
+    config: dict[str, Any]
+    encoders: tuple[EncoderInfo, ...]
+    heads: tuple[HeadInfo, ...] = ()
+    data: tuple[DataInfo, ...] = ()
+    cells: tuple[CellResult, ...]
+    worst_case: tuple[WorstCase, ...]
+    findings: tuple[Finding, ...] = ()
+    gates: tuple[GateVerdict, ...] = ()
+
+
+def read_report(run: Path) -> Report:
+    """The report of a run folder, or of a `report.json` itself.
+
+    Raises:
+        RunError: It is missing, damaged, or of another schema version; names the file and the field.
+    """
+    path = run / "report.json" if run.is_dir() else run
+    if not path.exists():
+        unfinished = run.is_dir() and (run / ".state").exists()
+        hint = (
+            "the audit was interrupted; run the same rbx audit again with this --out" if unfinished else "no run here"
+        )
+        raise RunError(f"{path} does not exist: {hint}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise RunError(f"{path}: schema_version is {version!r}, this version of rbx reads {SCHEMA_VERSION!r}")
+    try:
+        return Report.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path}: field {where}: {first['msg'].lower()}") from error
+
+
+def write_report(report: Report, run: Path) -> None:
+    """Writes `report.json` into `run`, atomically."""
+    write_atomically(run / "report.json", report.model_dump_json(indent=2) + "\n")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of `report.json`, as shipped in `robustbench_x/schema/report-1.json`."""
+    return Report.model_json_schema(mode="serialization")

@@ -1,0 +1,194 @@
+"""The run folder: rows and notes as they come, written atomically, so that a killed audit resumes.
+
+While an audit runs, `<out>/.state/` holds one small Parquet file per crafted batch. When it is complete they
+become `samples.parquet`, and the folder goes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustbench_x.errors import RunError, UsageError
+
+__all__ = ["ROWS", "RunFolder", "write_atomically"]
+
+ROWS = pa.schema(
+    [
+        ("cell", pa.string()),
+        ("encoder", pa.string()),
+        ("head", pa.string()),
+        ("data", pa.string()),
+        ("defense", pa.string()),
+        ("knowledge", pa.string()),
+        ("attack", pa.string()),
+        ("norm", pa.string()),
+        ("eps", pa.float64()),
+        ("position", pa.int64()),
+        ("sample", pa.string()),
+        ("sha256", pa.string()),
+        ("label", pa.int64()),
+        ("clean_pred", pa.int64()),
+        ("adv_pred", pa.int64()),
+        ("adv8_pred", pa.int64()),
+        ("clean_correct", pa.bool_()),
+        ("fooled", pa.bool_()),
+        ("flipped", pa.bool_()),
+        ("linf", pa.float64()),
+        ("l2", pa.float64()),
+        ("ssim", pa.float64()),
+        ("feature_cosine", pa.float64()),
+        ("overrun", pa.float64()),
+        ("forwards", pa.float64()),
+        ("backwards", pa.float64()),
+        ("seconds", pa.float64()),
+        ("seed", pa.int64()),
+        ("error", pa.string()),
+    ]
+)
+"""One row per sample and cell. Predictions are logit indices, -1 where there is none; measures are null in error
+rows. `overrun` is how far the candidate lay outside its budget before projection."""
+
+_STATE = ".state"
+_PLAN = "plan.json"
+
+
+@final
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: Made when missing.
+        fingerprint: Of the plan; a folder that holds another audit is refused.
+        resume: Keep what is there; else start over.
+    """
+
+    def __init__(self, path: Path, *, fingerprint: str, resume: bool) -> None:
+        self.path = path
+        self.state = path / _STATE
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--out {path}: this is a file, not a folder")
+        if not resume:
+            self._clear()
+        held = stored_fingerprint(path)
+        if held is None and path.exists() and any(path.iterdir()):
+            raise UsageError(f"--out {path}: the folder holds something else; name an empty or a new one")
+        if held is not None and held != fingerprint:
+            raise UsageError(
+                f"--out {path}: the folder holds another audit; choose another --out, or start over with --no-resume"
+            )
+        if not self.finished:
+            self.state.mkdir(parents=True, exist_ok=True)
+            if held is None:
+                self.note("plan", {"fingerprint": fingerprint})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "report.json").exists() and not self.state.exists()
+
+    def note(self, name: str, values: Mapping[str, Any]) -> None:
+        """Stores a small JSON document about the run in progress."""
+        write_atomically(self.state / f"{name}.json", json.dumps(values, indent=1, allow_nan=False))
+
+    def notes(self, name: str) -> dict[str, Any] | None:
+        """A document stored by `note`; None when there is none.
+
+        Raises:
+            RunError: The file is damaged.
+        """
+        path = self.state / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}); start over with --no-resume") from error
+        return values
+
+    def has_batch(self, craft: str, batch: int) -> bool:
+        """Whether the rows of this batch are on disk."""
+        return self._batch(craft, batch).exists()
+
+    def add_batch(self, craft: str, batch: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Stores the rows of a batch; after this returns they survive a kill."""
+        path = self._batch(craft, batch)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=ROWS), partial)
+        _sync(partial)
+        os.replace(partial, path)
+
+    def rows(self) -> pa.Table:
+        """Every row on disk, in order of craft and batch.
+
+        Raises:
+            RunError: A file is damaged or of another layout.
+        """
+        paths = sorted(self.state.glob("*/*.parquet")) if self.state.exists() else [self.path / "samples.parquet"]
+        return pa.concat_tables([read_rows(path) for path in paths]) if paths else ROWS.empty_table()
+
+    def finish(self) -> None:
+        """Drops the working state; call when every result file is in place."""
+        shutil.rmtree(self.state)
+
+    def _batch(self, craft: str, batch: int) -> Path:
+        return self.state / craft / f"{batch:06d}.parquet"
+
+    def _clear(self) -> None:
+        """Removes what an audit wrote here, and nothing else."""
+        shutil.rmtree(self.state, ignore_errors=True)
+        for name in ("report.json", "report.md", "samples.parquet", "audit.toml"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def stored_fingerprint(path: Path) -> str | None:
+    """The fingerprint of the audit that `path` holds, finished or not; None when it holds none.
+
+    Raises:
+        RunError: There is a run, but its files are damaged.
+    """
+    for file, keys in ((path / _STATE / _PLAN, ("fingerprint",)), (path / "report.json", ("run", "fingerprint"))):
+        if file.exists():
+            try:
+                value: Any = json.loads(file.read_text(encoding="utf-8"))
+                for key in keys:
+                    value = value[key]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{file} is damaged: no readable {'.'.join(keys)}") from error
+            return str(value)
+    return None
+
+
+def read_rows(path: Path) -> pa.Table:
+    """The rows of one Parquet file.
+
+    Raises:
+        RunError: It is missing, damaged, or lacks a column; names file and column.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    missing = [name for name in ROWS.names if name not in table.column_names]
+    if missing:
+        raise RunError(f"{path} has no column {', '.join(missing)}")
+    return table.select(ROWS.names).cast(ROWS)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader or a kill sees the old file or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

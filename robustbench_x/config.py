@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from robustbench_x.errors import ConfigError
 from robustbench_x.numbers import format_eps, parse_number
 from robustbench_x.threat import Norm, Placement, ThreatModel
-from robustbench_x.toml import dump_toml, parse_toml, read_toml
+from robustbench_x.toml import describe_problem, dump_toml, parse_toml, read_toml
 
 __all__ = [
     "AttackConfig",
@@ -21,6 +21,7 @@ __all__ = [
     "TargetConfig",
     "default_config",
     "load_config",
+    "override",
     "parse_params",
 ]
 
@@ -211,3 +212,57 @@ def _value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return parsed["value"]
+
+
+def override(
+    base: AuditConfig,
+    *,
+    from_file: bool,
+    encoder: Sequence[str] | None = None,
+    head: Sequence[str] | None = None,
+    data: Sequence[str] | None = None,
+    attack: Sequence[str] | None = None,
+    defense: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    params: Sequence[str] = (),
+) -> AuditConfig:
+    """`base` with command-line flags on top.
+
+    On a file, `encoder`, `head` and `data` replace those of every target, and an attack or defence that the
+    file lists keeps the file's parameters. On the embedded default, naming any of the three starts a new
+    audit: one target, no defence, and the default attacks at their own full settings rather than the quick ones.
+
+    Raises:
+        ConfigError: A value does not fit.
+    """
+    values = base.model_dump(mode="python", exclude_none=True)
+    listed = {
+        kind: {e.title: e.model_dump(exclude_none=True) for e in getattr(base, kind)} for kind in ("attack", "defense")
+    }
+    if not from_file:
+        listed = {"attack": {}, "defense": {}}
+    if encoder or head or data:
+        chosen = {k: tuple(v) for k, v in (("encoder", encoder), ("head", head), ("data", data)) if v}
+        if from_file:
+            replaced = [{**target, **chosen} for target in values["target"]]
+            values["target"] = [t for i, t in enumerate(replaced) if t not in replaced[:i]]
+        else:
+            native_only = chosen.get("head") == ("native",)
+            standard = {
+                "encoder": ("packaged:efficientnet_lite0",),
+                "head": ("linear",),
+                "data": ("packaged:photos",) if native_only else ("packaged:digits",),
+            }
+            values |= {
+                "target": [{**standard, **chosen}],
+                "defense": [],
+                "attack": [{"name": a.name} for a in base.attack],
+            }
+    for kind, names in (("attack", attack), ("defense", defense)):
+        if names:
+            values[kind] = [listed[kind].get(name, {"name": name}) for name in names]
+    try:
+        config = AuditConfig.model_validate({**values, **(settings or {})})
+        return with_params(config, params) if params else config
+    except pydantic.ValidationError as error:
+        raise ConfigError(describe_problem(error.errors()[0], AuditConfig)) from error

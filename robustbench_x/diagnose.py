@@ -67,14 +67,14 @@ def probe_victim(images: Tensor, victim: DefendedEncoder, head: FittedHead) -> l
     return found
 
 
-def probe_gradient(images: Tensor, see: Perceive, threat: ThreatModel, *, clean_loss: str) -> list[Finding]:
+def probe_gradient(images: Tensor, see: Perceive, threat: ThreatModel, *, loss: str) -> list[Finding]:
     """What one backward pass at a random point of the budget reveals.
 
     Args:
         images: A few clean images.
         see: Pixels to outputs, exactly as the attacker runs it.
         threat: The budget; the probe point is random within it, since feature losses are flat at the clean image.
-        clean_loss: `margin` for logits, `cosine` for features.
+        loss: `margin` for logits, `cosine` for features.
     """
     random = SampleRandom(range(len(images)), device=images.device)
     start = threat.start(images, random).requires_grad_(True)
@@ -82,14 +82,14 @@ def probe_gradient(images: Tensor, see: Perceive, threat: ThreatModel, *, clean_
         outputs = see(start)
         if not outputs.requires_grad:
             return [finding("broken_graph", "the output carries no gradient")]
-        if clean_loss == "margin":
+        if loss == "margin":
             top = outputs.topk(min(2, outputs.shape[1]), dim=1).values
-            loss = top[:, 0] - top[:, -1]
+            value = top[:, 0] - top[:, -1]
         else:
             with torch.no_grad():
                 clean = see(images)
-            loss = 1 - F.cosine_similarity(outputs, clean, dim=1)
-        (gradient,) = torch.autograd.grad(loss.sum(), start, allow_unused=True)
+            value = 1 - F.cosine_similarity(outputs, clean, dim=1)
+        (gradient,) = torch.autograd.grad(value.sum(), start, allow_unused=True)
     if gradient is None:
         return [finding("broken_graph", "no gradient reaches the pixels")]
     flat = gradient.flatten(1)

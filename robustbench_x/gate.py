@@ -1,24 +1,23 @@
 """Gates: a policy against a stored result. A gate passes only when the whole interval clears its threshold."""
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import pydantic
 from pydantic import ConfigDict, Field
 
 from robustbench_x.config import Number
-from robustbench_x.errors import ConfigError, NothingEvaluatedError, RunError, near_matches
+from robustbench_x.errors import ConfigError, NothingEvaluatedError, near_matches
 from robustbench_x.metrics import METRICS
-from robustbench_x.result import CellResult, GateVerdict, Level, Measure, Report, WorstCase
-from robustbench_x.stats import Interval, paired_difference, samples_to_decide
-from robustbench_x.store import read_rows
+from robustbench_x.pairing import EVENTS, Rows, discordant, rows_by_cell
+from robustbench_x.plan import Cell
+from robustbench_x.result import CellResult, Decision, GateVerdict, Level, Measure, Report, WorstCase
+from robustbench_x.stats import paired_difference, samples_to_decide
 from robustbench_x.toml import read_toml
 
-__all__ = ["Decision", "Policy", "decide", "judge_gates", "load_policy"]
+__all__ = ["Policy", "check_policy", "decide", "judge_gates", "load_policy"]
 
 _PATTERNS = ("encoder", "head", "data", "defense", "knowledge")
 _WORST = "worst_case"
@@ -84,8 +83,8 @@ class BaselineRule(_Frozen):
     @classmethod
     def _paired(cls, value: dict[str, float]) -> dict[str, float]:
         for name in value:
-            if name not in _PAIRED:
-                raise ValueError(f"'{name}' cannot be compared sample by sample; choose from {', '.join(_PAIRED)}")
+            if name not in EVENTS:
+                raise ValueError(f"'{name}' cannot be compared sample by sample; choose from {', '.join(EVENTS)}")
         return value
 
 
@@ -109,18 +108,6 @@ class Policy(_Frozen):
         if not self.gate and self.baseline is None:
             raise ValueError("the policy holds no gate; add [[gate]] or [baseline]")
         return self
-
-
-_PAIRED = ("asr", "asr_total", "robust_accuracy", "flip_rate", "clean_accuracy", "asr_8bit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a run, its gates and its findings come to: the exit code, and the one sentence that says so."""
-
-    exit_code: int
-    answer: Literal["yes", "no", "unknown", "unjudged"]
-    reason: str
 
 
 def load_policy(path: Path) -> Policy:
@@ -153,7 +140,7 @@ def judge_gates(
     for number, rule in enumerate(policy.gate, start=1):
         entries = _select(rule, report)
         if not entries:
-            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, report)}")
+            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, report.cells)}")
         verdicts += [_judge(rule, label, measured, n, errors) for label, measured, n, errors in entries]
     if policy.baseline is not None:
         if baseline is None or run is None:
@@ -201,6 +188,19 @@ def decide(
     return Decision(exit_code=0, answer="unjudged", reason="no gate policy was given")
 
 
+def check_policy(policy: Policy, cells: Sequence[Cell], *, controls: Set[str], has_baseline: bool) -> None:
+    """Refuses, before anything runs, a policy that could not be judged on the planned `cells`.
+
+    Raises:
+        ConfigError: A gate selects no cell, or a [baseline] has no run to compare with.
+    """
+    if policy.baseline is not None and not has_baseline:
+        raise ConfigError("the policy has a [baseline]; name the run to compare with: --baseline RUN")
+    for number, rule in enumerate(policy.gate, start=1):
+        if not any(_fits(rule, c) and _aims(rule, c.attack, control=c.attack in controls) for c in cells):
+            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, cells)}")
+
+
 def _select(rule: GateRule, report: Report) -> list[tuple[str, Measure, int, int]]:
     """(label, measured, denominator, errors) of everything the rule selects."""
     if rule.attack == _WORST:
@@ -212,14 +212,18 @@ def _select(rule: GateRule, report: Report) -> list[tuple[str, Measure, int, int
     return [
         (cell.id, cell.metrics[rule.metric], _denominator(rule.metric, cell), cell.n_errors)
         for cell in report.cells
-        if _fits(rule, cell)
-        and fnmatch.fnmatchcase(cell.attack, rule.attack)
-        and (not cell.control or rule.attack == cell.attack)
-        and rule.metric in cell.metrics
+        if _fits(rule, cell) and _aims(rule, cell.attack, control=cell.control) and rule.metric in cell.metrics
     ]
 
 
-def _fits(rule: GateRule, entry: CellResult | WorstCase) -> bool:
+def _aims(rule: GateRule, attack: str, *, control: bool) -> bool:
+    """Whether a rule is about this attack; a control is meant only where it is named."""
+    if rule.attack == _WORST:
+        return True
+    return fnmatch.fnmatchcase(attack, rule.attack) and (not control or rule.attack == attack)
+
+
+def _fits(rule: GateRule, entry: CellResult | WorstCase | Cell) -> bool:
     if rule.eps is not None and abs(entry.threat.eps - rule.eps) > 1e-9:
         return False
     return all(
@@ -238,10 +242,10 @@ def _denominator(metric: str, entry: CellResult | WorstCase) -> int:
     return entry.n_clean_correct if metric in ("asr", "asr_8bit") else entry.n
 
 
-def _why_nothing(rule: GateRule, report: Report) -> str:
+def _why_nothing(rule: GateRule, cells: Sequence[CellResult | Cell]) -> str:
     """Which pattern selects nothing, with near matches."""
-    names: dict[str, set[str]] = {name: {getattr(cell, name) for cell in report.cells} for name in _PATTERNS}
-    names["attack"] = {cell.attack for cell in report.cells} | {_WORST}
+    names: dict[str, set[str]] = {name: {getattr(cell, name) for cell in cells} for name in _PATTERNS}
+    names["attack"] = {cell.attack for cell in cells} | {_WORST}
     for name, known in names.items():
         pattern = getattr(rule, name)
         if not any(fnmatch.fnmatchcase(value, pattern) for value in known):
@@ -302,7 +306,7 @@ def _resolve(verdict: GateVerdict, inconclusive: str) -> GateVerdict:
 
 
 def _judge_baseline(rule: BaselineRule, report: Report, run: Path, baseline: Path) -> list[GateVerdict]:
-    mine, theirs = _paired_rows(run), _paired_rows(baseline)
+    mine, theirs = rows_by_cell(run), rows_by_cell(baseline)
     verdicts = []
     limits = [(n, v, 1) for n, v in rule.max_increase.items()] + [(n, v, -1) for n, v in rule.max_decrease.items()]
     for cell in report.cells:
@@ -315,11 +319,10 @@ def _judge_baseline(rule: BaselineRule, report: Report, run: Path, baseline: Pat
     return verdicts
 
 
-def _judge_change(
-    cell: CellResult, metric: str, limit: float, direction: int, mine: "_Rows", theirs: "_Rows"
-) -> GateVerdict:
-    a, b, n = _discordant(metric, mine, theirs, cell.id)
-    change = paired_difference(b, a, n) if n else Interval()
+def _judge_change(cell: CellResult, metric: str, limit: float, direction: int, mine: Rows, theirs: Rows) -> GateVerdict:
+    pairs = discordant(metric, mine, theirs, cell.id)
+    n = pairs.pairs
+    change = paired_difference(pairs.only_theirs, pairs.only_mine, n)
     word = "increase" if direction > 0 else "decrease"
     bound = f"<= {limit:g}"
     title = f"{metric} {word} {bound}"
@@ -352,49 +355,6 @@ def _judge_change(
 
 def _minus(value: float | None) -> float | None:
     return None if value is None else -value
-
-
-_Rows = dict[str, dict[str, Any]]
-
-
-def _paired_rows(run: Path) -> dict[str, _Rows]:
-    """Cell to sample to row of a run's `samples.parquet`."""
-    table: dict[str, _Rows] = {}
-    for row in read_rows(run / "samples.parquet").to_pylist():
-        table.setdefault(row["cell"], {})[row["sample"]] = row
-    return table
-
-
-def _discordant(metric: str, mine: _Rows, theirs: _Rows, cell: str) -> tuple[int, int, int]:
-    """(only mine, only theirs, pairs) of a metric's event over the samples judged in both runs.
-
-    Raises:
-        RunError: The runs evaluated different samples or images, so nothing can be paired.
-    """
-    if set(mine) != set(theirs):
-        raise RunError(f"cell {cell}: this run and the baseline evaluated different samples")
-    for sample, row in mine.items():
-        if row["sha256"] != theirs[sample]["sha256"]:
-            raise RunError(f"cell {cell}: sample {sample} holds different pixels in this run and the baseline")
-    event = _EVENTS[metric]
-    pairs = [
-        (event(row), event(theirs[sample]))
-        for sample, row in mine.items()
-        if row["error"] is None and theirs[sample]["error"] is None
-    ]
-    # Conditional rates are compared where both runs have a correct clean sample.
-    judged = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=bool).reshape(-1, 2)
-    return int((judged[:, 0] & ~judged[:, 1]).sum()), int((~judged[:, 0] & judged[:, 1]).sum()), len(judged)
-
-
-_EVENTS: dict[str, Any] = {
-    "asr": lambda r: r["fooled"] if r["clean_correct"] else None,
-    "asr_8bit": lambda r: r["adv8_pred"] != r["label"] if r["clean_correct"] else None,
-    "asr_total": lambda r: r["adv_pred"] != r["label"],
-    "robust_accuracy": lambda r: r["clean_correct"] and not r["fooled"],
-    "flip_rate": lambda r: r["flipped"],
-    "clean_accuracy": lambda r: r["clean_correct"],
-}
 
 
 def _shown(measured: Measure) -> str:

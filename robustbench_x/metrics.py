@@ -117,12 +117,14 @@ class Outcome:
     @property
     def clean_correct(self) -> BoolArray:
         """Judged rows whose clean image is classified correctly."""
-        return self.judged & (self.clean_pred == self.label)
+        correct: BoolArray = self.judged & (self.clean_pred == self.label)
+        return correct
 
     @property
     def fooled(self) -> BoolArray:
         """Clean-correct rows whose adversarial image is classified wrongly."""
-        return self.clean_correct & (self.adv_pred != self.label)
+        fooled: BoolArray = self.clean_correct & (self.adv_pred != self.label)
+        return fooled
 
 
 def compute(outcome: Outcome) -> dict[str, Interval]:
@@ -173,9 +175,9 @@ def worst_case(outcomes: Sequence[Outcome]) -> dict[str, Interval]:
     for outcome in outcomes[1:]:
         if not np.array_equal(outcome.label, outcomes[0].label):
             raise ValueError("a worst case needs attacks on the same samples, but the labels differ")
-    fooled = np.stack([outcome.fooled for outcome in outcomes]).any(axis=0)
-    robust = np.stack([outcome.clean_correct & ~outcome.fooled for outcome in outcomes]).all(axis=0)
-    judged = np.stack([outcome.judged for outcome in outcomes]).any(axis=0)
+    fooled = np.logical_or.reduce([outcome.fooled for outcome in outcomes])
+    robust = np.logical_and.reduce([outcome.clean_correct & ~outcome.fooled for outcome in outcomes])
+    judged = np.logical_or.reduce([outcome.judged for outcome in outcomes])
     return {"robust_accuracy": _share_of_all(robust, judged), "asr": _share(fooled, fooled | robust)}
 
 

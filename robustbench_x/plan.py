@@ -166,8 +166,11 @@ def _crafts(
     shields = [(shield, _knowledge(shield, registry, spec)) for shield in config.defense]
     crafts = []
     for seen_head, judged in groups:
-        blind = [(UNDEFENDED, "none"), *((s.title, "oblivious") for s, levels in shields if "oblivious" in levels)]
-        aware = [[(s.title, level)] for s, levels in shields for level in levels if level != "oblivious"]
+        blind: list[tuple[str, Knowledge]] = [(UNDEFENDED, "none")]
+        blind += [(s.title, "oblivious") for s, levels in shields if "oblivious" in levels]
+        aware: list[list[tuple[str, Knowledge]]] = [
+            [(s.title, level)] for s, levels in shields for level in levels if level != "oblivious"
+        ]
         for views in [blind, *aware]:
             cells = tuple(
                 Cell(

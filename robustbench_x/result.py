@@ -13,6 +13,7 @@ from robustbench_x.store import write_atomically
 __all__ = [
     "SCHEMA_VERSION",
     "CellResult",
+    "Decision",
     "EncoderInfo",
     "Finding",
     "GateVerdict",
@@ -175,6 +176,14 @@ class GateVerdict(_Stored):
     message: str
 
 
+class Decision(_Stored):
+    """What the run, its gates and its findings come to: the exit code, and the one sentence that says so."""
+
+    exit_code: int
+    answer: Literal["yes", "no", "unknown", "unjudged"]
+    reason: str
+
+
 class Report(_Stored):
     """A whole run."""
 
@@ -189,6 +198,7 @@ class Report(_Stored):
     worst_case: tuple[WorstCase, ...]
     findings: tuple[Finding, ...] = ()
     gates: tuple[GateVerdict, ...] = ()
+    decision: Decision | None = None
 
 
 def read_report(run: Path) -> Report:

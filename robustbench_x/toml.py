@@ -11,7 +11,7 @@ import pydantic
 
 from robustbench_x.errors import ConfigError, near_matches
 
-__all__ = ["dump_toml", "parse_toml", "read_toml"]
+__all__ = ["describe_problem", "dump_toml", "parse_toml", "read_toml"]
 
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")

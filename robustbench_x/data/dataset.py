@@ -1,19 +1,22 @@
 """A data set: labelled images that are decoded only when asked for."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
-from robustbench_x.encoders.source import split_source
-from robustbench_x.errors import DataError, NothingEvaluatedError
+from robustbench_x.errors import ConfigError, DataError, NothingEvaluatedError
+from robustbench_x.randomness import derive_seed
 
 if TYPE_CHECKING:
     from robustbench_x.registry import Registry
 
-__all__ = ["DataSource", "Dataset", "Item", "draw_subset", "open_dataset", "stratified_split"]
+__all__ = ["DataSource", "Dataset", "Item", "draw_subset", "open_dataset", "read_image", "stratified_split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +61,27 @@ class DataSource:
 def open_dataset(source: str, registry: "Registry", *, seed: int = 0) -> Dataset:
     """The data set that `source` names; `seed` decides a split where the source has none.
 
+    Everything after the first colon belongs to the scheme, so a folder or a pattern may hold a `?`.
+
     Raises:
+        ConfigError: `source` has no scheme, or an option of it is wrong.
         UnknownNameError: No such scheme or name.
-        DataError: Files are missing, are no images, or no class holds any.
+        DataError: Files are missing, are no images, or no class holds any; or ids repeat.
         NothingEvaluatedError: The evaluation split is empty.
     """
-    scheme, rest, options = split_source(source, kind="data")
-    if options:
-        raise DataError(f"data '{source}': unknown option {', '.join(options)}; data sources take none after '?'")
+    scheme, colon, rest = source.partition(":")
+    if not colon or not scheme:
+        meant = f"folder:{source}" if source and Path(source).is_dir() else "scheme:name, for example packaged:photos"
+        raise ConfigError(f"data '{source}' has no scheme; write {meant}")
     dataset = registry.data[scheme].open(source, rest, seed)
     if not dataset.test:
         raise NothingEvaluatedError(f"{source} holds no image to evaluate")
+    ids = Counter(item.id for item in (*dataset.train, *dataset.test))
+    if len(ids) < len(dataset.train) + len(dataset.test):
+        name, times = ids.most_common(1)[0]
+        raise DataError(
+            f"{source}: the image id '{name}' occurs {times} times; results are stored by id, so rename them"
+        )
     return dataset
 
 
@@ -76,36 +89,71 @@ def draw_subset(items: Sequence[Item], count: int | None, *, seed: int) -> tuple
     """A seeded stratified subset of `count` items, in the pool's order: classes keep their shares.
 
     A larger `count` with the same seed keeps every item of a smaller one, so a longer audit extends a
-    shorter one.
+    shorter one. Every item is about equally likely to be drawn, whatever the size of its class.
+
+    Raises:
+        ConfigError: `count` is not positive.
     """
+    if count is not None and count < 1:
+        raise ConfigError(f"cannot draw {count} samples; ask for 1 or more")
     if count is None or count >= len(items):
         return tuple(items)
-    rng = np.random.default_rng(seed)
-    keys = np.empty((len(items), 2))
+    rng = np.random.default_rng(derive_seed("draw_subset", seed))
     labels = np.array([item.label for item in items])
+    keys = np.empty(len(items))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        keys[members, 0] = (rng.permutation(len(members)) + 0.5) / len(members)
-    keys[:, 1] = rng.random(len(items))
-    chosen = np.lexsort((keys[:, 1], keys[:, 0]))[:count]
+        # One item of the class in each of `len(members)` equal intervals, at a random place in it: with fixed
+        # places, classes of one image would all come in together, in the middle.
+        keys[members] = (rng.permutation(len(members)) + rng.random(len(members))) / len(members)
+    chosen = np.argsort(keys, kind="stable")[:count]
     return tuple(items[i] for i in np.sort(chosen))
 
 
 def stratified_split(
     items: Sequence[Item], *, test_share: float, seed: int
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """`(train, test)`: of every class, `test_share` of its items (at least one) go to test.
+    """`(train, test)`: of every class, `test_share` of its items go to test, but at least one to either.
 
     Raises:
         DataError: A class has a single item, which cannot serve both splits.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(derive_seed("stratified_split", seed))
     labels = np.array([item.label for item in items])
     in_test = np.zeros(len(items), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
-            raise DataError(f"a split needs two images of every class, but one class has only {items[members[0]].id}")
-        in_test[rng.permutation(members)[: max(1, round(test_share * len(members)))]] = True
+            raise DataError(
+                f"a split needs two images of every class, but the class of {items[members[0]].id} has no other; "
+                "add images or remove the class"
+            )
+        count = min(max(1, round(test_share * len(members))), len(members) - 1)
+        in_test[rng.permutation(members)[:count]] = True
     train = tuple(item for item, test in zip(items, in_test, strict=True) if not test)
     return train, tuple(item for item, test in zip(items, in_test, strict=True) if test)
+
+
+def read_image(file: Path | IO[bytes], *, name: str) -> PIL.Image.Image:
+    """The picture in `file`, decoded completely and turned upright by its EXIF tag; of a film the first frame.
+
+    16-bit grey becomes 8-bit by its high byte, which `convert("RGB")` would clip to white.
+
+    Raises:
+        DataError: It is missing, damaged, truncated, suspiciously large or has pixels without a fixed range;
+            names `name` and the reason.
+    """
+    try:
+        with PIL.Image.open(file) as opened:
+            opened.load()
+            image = PIL.ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    except Exception as error:  # on damaged files, PIL's decoders raise whatever their parsing runs into
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise DataError(f"{name} cannot be read as an image: {reason}") from error
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{name} holds {image.mode}-mode pixels, whose range is unknown; convert it to 8 bits a channel"
+        )
+    return image

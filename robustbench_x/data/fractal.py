@@ -19,7 +19,8 @@ noise.
 
 import functools
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -37,26 +38,17 @@ _MAPS = (2, 3, 4)
 _MAX_SIGMA = 0.97
 _FILL = (0.2, 0.55)
 _MAX_LIKENESS = 0.75
+_SKETCH = 16
 _STEPS, _WARM_UP = 24, 8
 _MARGIN = 0.05
-_LIMITS = {
-    "classes": (2, 1000),
-    "train": (0, 100_000),
-    "test": (1, 100_000),
-    "size": (16, 2048),
-    "seed": (0, 2**63 - 1),
-    "points": (1000, 10_000_000),
+_OPTIONS = {  # default, least, most; points=0 stands for two points a pixel
+    "classes": (10, 2, 1000),
+    "train": (100, 0, 100_000),
+    "test": (20, 1, 100_000),
+    "size": (224, 16, 2048),
+    "seed": (0, 0, 2**63 - 1),
+    "points": (0, 0, 10_000_000),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    classes: int = 10
-    train: int = 100
-    test: int = 20
-    size: int = 224
-    seed: int = 0
-    points: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,29 +67,29 @@ class _System:
         return np.concatenate([linear, self.shift[:, :, None]], axis=2)
 
 
-def _open(source: str, rest: str, seed: int) -> Dataset:
+def _open(source: str, rest: str, _seed: int) -> Dataset:
+    # The audit's seed is left out on purpose: the images are a fixed data set, named completely by `source`.
     options = _parse(source, rest)
-    systems = _systems(options.seed, options.classes)
-    points = options.points or 2 * options.size**2
+    seed, size = options["seed"], options["size"]
+    systems = _systems(seed, options["classes"])
+    render = functools.partial(_render, size=size, points=options["points"] or 2 * size**2)
 
-    def split(name: str, count: int) -> tuple[Item, ...]:
+    def split(name: str) -> tuple[Item, ...]:
         return tuple(
             Item(
                 id=f"{name}/{_class_name(label)}/{index:05d}",
                 label=label,
-                load=functools.partial(
-                    _render, system, derive_seed("fractal", options.seed, name, label, index), options.size, points
-                ),
+                load=functools.partial(render, system, derive_seed("fractal", seed, name, label, index)),
             )
             for label, system in enumerate(systems)
-            for index in range(count)
+            for index in range(options[name])
         )
 
     return Dataset(
         source=source,
-        classes=tuple(_class_name(label) for label in range(options.classes)),
-        train=split("train", options.train),
-        test=split("test", options.test),
+        classes=tuple(_class_name(label) for label in range(len(systems))),
+        train=split("train"),
+        test=split("test"),
         license="generated; no rights reserved",
         notes=("synthetic: attractors of random iterated function systems, not photographs",),
     )
@@ -115,30 +107,29 @@ def _class_name(label: int) -> str:
     return f"ifs{label:04d}"
 
 
-def _parse(source: str, rest: str) -> _Options:
-    known = [field.name for field in fields(_Options)]
-    values: dict[str, int] = {}
+def _parse(source: str, rest: str) -> dict[str, int]:
+    given: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
-        name, equals, text = (piece.strip() for piece in part.partition("="))
-        if name not in known:
-            near = near_matches(name, known)
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        if name not in _OPTIONS:
+            near = near_matches(name, _OPTIONS)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ConfigError(f"data '{source}': unknown option '{name}'; {hint}known: {', '.join(known)}")
-        if name in values:
+            raise ConfigError(f"data '{source}': unknown option '{name}'; {hint}known: {', '.join(_OPTIONS)}")
+        if name in given:
             raise ConfigError(f"data '{source}': {name} is given twice")
-        low, high = _LIMITS[name]
-        if not (equals and text.isascii() and text.isdecimal() and low <= int(text) <= high):
-            raise ConfigError(f"data '{source}': {name}={text} is not a whole number from {low} to {high}")
-        values[name] = int(text)
-    return _Options(**values)
+        _, least, most = _OPTIONS[name]
+        if not (re.fullmatch("[0-9]{1,19}", text) and least <= int(text) <= most):
+            raise ConfigError(f"data '{source}': {name}='{text}' is not a whole number from {least} to {most}")
+        given[name] = int(text)
+    return {name: given.get(name, default) for name, (default, _, _) in _OPTIONS.items()}
 
 
 def _systems(seed: int, classes: int) -> list[_System]:
     """The first `classes` systems of `seed`: asking for more classes keeps the earlier ones."""
     systems: list[_System] = []
     seen = np.empty((0, _SKETCH**2))
-    limit = _MAX_LIKENESS
     for label in range(classes):
+        limit = _MAX_LIKENESS
         rng = np.random.default_rng(derive_seed("fractal", seed, "system", label))
         for attempt in range(1, 10_000):
             system = _draw_system(rng)
@@ -146,7 +137,7 @@ def _systems(seed: int, classes: int) -> list[_System]:
             if _FILL[0] <= fill <= _FILL[1] and (not len(seen) or (seen @ sketches.T).max() <= limit):
                 break
             # With hundreds of classes the room gets tight; better a closer neighbour than an endless search.
-            limit = _MAX_LIKENESS if attempt < 200 else min(1.0, limit + 0.001)
+            limit += 0.001 if attempt > 200 else 0.0
         systems.append(system)
         seen = np.concatenate([seen, sketches[:1]])
     return systems
@@ -167,9 +158,6 @@ def _draw_system(rng: np.random.Generator) -> _System:
         signs=rng.choice([-1.0, 1.0], (n, 2)),
         shift=rng.uniform(-1, 1, (n, 2)),
     )
-
-
-_SKETCH = 16
 
 
 def _sketch(system: _System, rng: np.random.Generator) -> tuple[float, NDArray[np.float64]]:

@@ -122,6 +122,8 @@ class Encoder(nn.Module):
         self.eval().requires_grad_(False)
         self.sha256 = sha256 or state_sha256(backbone.state_dict())
         self.feature_dim = self._probe_dimension()
+        if sha256 is None and state_sha256(backbone.state_dict()) != self.sha256:
+            raise SourceError(f"{source} changes its own weights or buffers when it runs, so no digest can identify it")
 
     @property
     def input_size(self) -> tuple[int, int]:

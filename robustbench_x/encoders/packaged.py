@@ -91,11 +91,7 @@ def _dinov2_state(path: Path, source: str) -> dict[str, Tensor]:
     graph: Any = onnx.load(str(path)).graph
     arrays = {entry.name: torch.tensor(onnx.numpy_helper.to_array(entry)) for entry in graph.initializer}
     matrices = {
-        node.output[0]: name
-        for node in graph.node
-        if node.op_type == "MatMul"
-        for name in node.input
-        if name in arrays
+        node.output[0]: name for node in graph.node if node.op_type == "MatMul" for name in node.input if name in arrays
     }
     named = {name.removeprefix("backbone."): t for name, t in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:

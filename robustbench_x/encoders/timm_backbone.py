@@ -32,9 +32,12 @@ class TimmBackbone(nn.Module):
         self.model = model.eval()
         self._prefix: dict[str, bool] = {}
         self.layers: tuple[str, ...] = ()
-        if hasattr(model, "forward_intermediates"):
-            takes = inspect.signature(model.forward_intermediates).parameters
-            self._prefix = {"return_prefix_tokens": True} if "return_prefix_tokens" in takes else {}
+        intermediates: Any = getattr(model, "forward_intermediates", None)
+        if intermediates is not None:
+            takes = inspect.signature(intermediates).parameters
+            # Some families take the argument and then fail over it when they have no such tokens.
+            asks = "return_prefix_tokens" in takes and getattr(model, "num_prefix_tokens", 1) > 0
+            self._prefix = {"return_prefix_tokens": True} if asks else {}
             self.layers = self._named_layers(size)
 
     def forward(self, images: Tensor) -> Tensor:

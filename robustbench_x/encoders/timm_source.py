@@ -1,17 +1,19 @@
 """Encoders by timm name: `timm:NAME` from the hub, `timm:NAME@FILE` from a local checkpoint."""
 
+import socket
 import sys
 import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import timm
 import timm.data
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder, Preprocessing
@@ -21,6 +23,18 @@ from robustbench_x.encoders.timm_backbone import TimmBackbone, split_classifier
 from robustbench_x.errors import ConfigError, SourceError, near_matches
 
 __all__ = ["SOURCE", "encoder_from_timm"]
+
+# The hub's client changed its HTTP library twice; whichever it is, its root error is above the hub's own.
+_HTTP_ERRORS = tuple(
+    kind for kind in HfHubHTTPError.__mro__ if kind.__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+)
+_NETWORK_ERRORS: tuple[type[Exception], ...] = (
+    ConnectionError,  # HF_HUB_OFFLINE=1 among others
+    TimeoutError,
+    socket.gaierror,
+    urllib.error.URLError,
+    *(kind for kind in _HTTP_ERRORS if issubclass(kind, Exception)),
+)
 
 
 def encoder_from_timm(
@@ -138,39 +152,51 @@ def _converted(model: nn.Module, checkpoint: Checkpoint, fits: Any) -> Checkpoin
 
 def _download(source: str, name: str) -> Path:
     cfg = timm.get_pretrained_cfg(name)
+    if not cfg.hf_hub_id and not cfg.url:
+        raise SourceError(f"{source}: nobody publishes weights of {name}; load your own with timm:{name}@FILE")
     try:
-        if cfg.hf_hub_id:
-            return _download_from_hub(cfg)
-        if cfg.url:
-            target = Path(torch.hub.get_dir()) / "checkpoints" / Path(cfg.url).name
-            if not target.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(cfg.url, str(target))
-            return target
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            raise SourceError(f"{source}: the hub holds no weight file for {name}") from error
+        return _from_hub(cfg) if cfg.hf_hub_id else _from_url(cfg.url)
+    except LocalEntryNotFoundError as error:
         raise SourceError(_offline(source, name)) from error
+    except EntryNotFoundError as error:
+        raise SourceError(f"{source}: the hub holds no weight file for {name}") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
+        status = getattr(error.response, "status_code", None)
         reason = "accept its licence there and log in" if status in (401, 403) else f"HTTP status {status}"
         raise SourceError(f"{source}: the hub refuses the weights of {name}: {reason}") from error
     except urllib.error.HTTPError as error:
         raise SourceError(f"{source}: the server refuses the weights of {name}: HTTP status {error.code}") from error
-    except (OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:  # URLError and requests' errors are OSErrors
+    except _NETWORK_ERRORS as error:
         raise SourceError(_offline(source, name)) from error
-    raise SourceError(f"{source}: nobody publishes weights of {name}; load your own with timm:{name}@FILE")
+    except OSError as error:
+        raise SourceError(f"{source}: the weights of {name} could not be stored ({error})") from error
 
 
-def _download_from_hub(cfg: Any) -> Path:
-    if cfg.hf_hub_filename:
-        return Path(hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename))
-    try:
-        return Path(hf_hub_download(cfg.hf_hub_id, "model.safetensors"))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        return Path(hf_hub_download(cfg.hf_hub_id, "pytorch_model.bin"))
+def _from_hub(cfg: Any) -> Path:
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for name in names:
+        cached = try_to_load_from_cache(cfg.hf_hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    if not constants.HF_HUB_OFFLINE and not urllib.request.getproxies():
+        # The hub's client would retry a name that does not resolve for half a minute.
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    for name in names[:-1]:
+        try:
+            return Path(hf_hub_download(cfg.hf_hub_id, name))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+    return Path(hf_hub_download(cfg.hf_hub_id, names[-1]))
+
+
+def _from_url(url: str) -> Path:
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlsplit(url).path).name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), progress=False)
+    return target
 
 
 def _offline(source: str, name: str) -> str:

@@ -1,46 +1,28 @@
 """Runs an audit from plan to stored report; killed anywhere, it continues where it stopped."""
 
-import datetime
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from robustbench_x import __version__
 from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, draw_subset, open_dataset
-from robustbench_x.diagnose import probe_gradient, probe_victim
 from robustbench_x.encoders.encoder import LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
-from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_result, worst_cases
-from robustbench_x.engine.craft import AttackAtWork, attacker_sees, craft_rows, is_out_of_memory
+from robustbench_x.engine.craft import AttackAtWork, craft_rows, is_out_of_memory
+from robustbench_x.engine.finish import finish, now
+from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
-from robustbench_x.engine.stage import StageAtWork
+from robustbench_x.engine.stage import StageAtWork, select_items
 from robustbench_x.errors import DataError, RunError, UsageError
-from robustbench_x.findings import finding
-from robustbench_x.plan import UNDEFENDED, Craft, Plan, Stage, make_plan, with_noise
+from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan, with_noise
 from robustbench_x.registry import Registry, load_registry
-from robustbench_x.result import (
-    DataInfo,
-    EncoderInfo,
-    Finding,
-    HeadInfo,
-    Report,
-    RunInfo,
-    write_report,
-)
-from robustbench_x.store import RunFolder, write_atomically
+from robustbench_x.result import DataInfo, EncoderInfo, HeadInfo, Report, read_report
+from robustbench_x.store import RunFolder
 from robustbench_x.victim import Shield
 
 __all__ = ["resolve_device", "run_audit"]
-
-_PROBED = 8
-_PACKAGES = ("torch", "torchvision", "timm", "kornia", "torchattacks", "numpy", "pillow", "pyarrow")
 
 
 def run_audit(
@@ -71,8 +53,6 @@ def run_audit(
     plan = make_plan(config, registry)
     folder = RunFolder(out, fingerprint=plan.fingerprint, resume=resume)
     if folder.finished:
-        from robustbench_x.result import read_report
-
         return read_report(out)
     return _Run(config, plan, folder, registry, command, progress or Silent()).run()
 
@@ -115,7 +95,7 @@ class _Run:
         self.progress = progress
         self.device = resolve_device(config.device)
         self.header = folder.notes("run") or {
-            "started": _now(),
+            "started": now(),
             "command": command,
             "device": _device_name(self.device),
             "batch_size": self._batch_size(),
@@ -132,7 +112,7 @@ class _Run:
         self.progress.begin(sum(totals), 0)
         for number, stage in enumerate(self.plan.stages):
             self._run_stage(number, stage)
-        return self._finish()
+        return finish(self.folder, self.plan, self.config, self.registry)
 
     def _batch_size(self) -> int:
         if isinstance(self.config.batch_size, int):
@@ -141,8 +121,6 @@ class _Run:
 
     def _stage_size(self, stage: Stage) -> int:
         """Samples times crafts, as far as it is known before the data set is opened."""
-        from robustbench_x.engine.stage import select_items
-
         items = select_items(self._dataset(stage.data), stage.samples, self.config)
         return len(items) * len(stage.crafts)
 
@@ -189,7 +167,10 @@ class _Run:
         for message in work.unreadable():
             self.progress.say(f"unreadable: {message}")
         if self.folder.notes(f"probes-{number}") is None:
-            self.folder.note(f"probes-{number}", {"findings": [f.model_dump() for f in self._probe(work)]})
+            self.progress.task(f"checking the victims of {stage.encoder} on {stage.data}")
+            self.folder.note(
+                f"probes-{number}", {"findings": [f.model_dump() for f in probe_stage(work, self.registry)]}
+            )
         surrogate = self._surrogate(work) if any(c.head is None for c in stage.crafts) else None
         attacks = {entry.title: entry for entry in with_noise(self.config.attack)}
         for craft in stage.crafts:
@@ -247,29 +228,6 @@ class _Run:
                 self.progress.say(f"surrogate image left out: {error}")
         return torch.stack(images).to(self.device)
 
-    def _probe(self, stage: StageAtWork) -> list[Finding]:
-        """Checks of every victim of a stage, with each attacker's view of it, on a few images."""
-        self.progress.task(f"checking the victims of {stage.stage.encoder} on {stage.stage.data}")
-        images = stage.batch(0).images[:_PROBED]
-        found: list[Finding] = []
-        if not len(images):
-            return found
-        for shield in stage.shields:
-            for name, head in stage.heads.items():
-                where = f"{stage.stage.encoder} | {name} | {stage.stage.data} | {shield}"
-                found += _guarded(where, lambda s=shield, h=head: probe_victim(images, stage.defended(s), h))
-        views: dict[tuple[str, str, str | None], Craft] = {}
-        for craft in stage.stage.crafts:
-            if self.registry.attacks[craft.attack.name].access in ("encoder", "whitebox"):
-                views.setdefault((craft.seen, craft.knowledge, craft.head), craft)
-        for (shield, knowledge, seen_head), craft in views.items():
-            see = attacker_sees(stage, craft, seen_head)
-            loss = "cosine" if seen_head is None else "margin"
-            shown = shield if shield == UNDEFENDED else f"{shield}:{knowledge}"
-            where = f"{stage.stage.encoder} | {seen_head or 'features'} | {stage.stage.data} | {shown}"
-            found += _guarded(where, lambda s=see, t=craft.threat, c=loss: probe_gradient(images, s, t, clean_loss=c))
-        return found
-
     def _check_unchanged(self, number: int, stage: StageAtWork) -> None:
         """Stores what this stage evaluates, or refuses to mix it with rows of other weights or images."""
         encoder, dataset = stage.encoder, stage.dataset
@@ -315,94 +273,8 @@ class _Run:
                 "since this audit was interrupted; start over with --no-resume"
             )
 
-    def _finish(self) -> Report:
-        """Assembles and writes every result file, then drops the working state."""
-        stages = [self.folder.notes(f"stage-{n}") or {} for n in range(len(self.plan.stages))]
-        rows = self.folder.rows()
-        classes = {(h["encoder"], h["data"], h["head"]): h["num_classes"] for s in stages for h in s["heads"]}
-        records = assemble_cells(rows, self.plan, self.config, self.registry, num_classes=classes)
-        findings = [
-            *(Finding(**f) for n in range(len(stages)) for f in (self.folder.notes(f"probes-{n}") or {})["findings"]),
-            *_training_findings(stages),
-            *cell_findings(records),
-        ]
-        params = {
-            entry.title: self.registry.attacks[entry.name].effective(entry.params)
-            for entry in with_noise(self.config.attack)
-        }
-        cells = tuple(
-            cell_result(r, [f for f in findings if f.cell == cell_id], params=params[r.cell.attack])
-            for cell_id, r in records.items()
-        )
-        report = Report(
-            status="error" if any(cell.n_errors for cell in cells) else "complete",
-            run=self._run_info(),
-            config=self.config.replay(),
-            encoders=tuple({s["encoder"]["source"]: EncoderInfo(**s["encoder"]) for s in stages}.values()),
-            heads=tuple(HeadInfo(**h) for s in stages for h in s["heads"]),
-            data=tuple(DataInfo(**s["data"]) for s in stages),
-            cells=cells,
-            worst_case=worst_cases(records),
-            findings=tuple(findings),
-        )
-        out = self.folder.path
-        partial = out / "samples.parquet.partial"
-        pq.write_table(rows, partial)
-        partial.replace(out / "samples.parquet")
-        write_atomically(out / "audit.toml", self.config.to_toml())
-        write_report(report, out)
-        self.folder.finish()
-        return report
-
-    def _run_info(self) -> RunInfo:
-        return RunInfo(
-            id=self.folder.path.resolve().name,
-            started=self.header["started"],
-            finished=_now(),
-            command=self.header["command"],
-            seed=self.config.seed,
-            device=self.header["device"],
-            precision=self.config.precision,
-            packages={name: found for name in _PACKAGES if (found := _version(name)) is not None},
-            robustbench_x=__version__,
-            fingerprint=self.plan.fingerprint,
-            batch_size=self.batch_size,
-            platform=f"{platform.platform()}, Python {platform.python_version()}",
-        )
-
-
-def _guarded(where: str, probe: Any) -> list[Finding]:
-    """A probe's findings about `where`; a probe that fails is itself a finding, never silence."""
-    try:
-        found = probe()
-    except Exception as error:  # noqa: BLE001 - reported below as an error-level finding
-        found = [finding("probe_failed", f"{type(error).__name__}: {error}")]
-    return [f.model_copy(update={"cell": where}) for f in found]
-
-
-def _training_findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Training images that could not be read, once per head."""
-    found = []
-    for head in (h for s in stages for h in s["heads"]):
-        unreadable = head["settings"].get("unreadable", [])
-        if unreadable:
-            text = f"{head['data']}: {len(unreadable)} training images left out: {'; '.join(unreadable[:5])}"
-            found.append(finding("unreadable_images", text))
-    return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

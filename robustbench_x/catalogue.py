@@ -1,0 +1,95 @@
+"""The registry as plain values: what `rbx list` and `rbx describe` print, and the documentation's tables."""
+
+import inspect
+from typing import Any
+
+from robustbench_x.errors import UnknownNameError
+from robustbench_x.plugin import AttackSpec, DefenseSpec
+from robustbench_x.registry import Registry
+
+__all__ = ["catalogue", "describe_entry"]
+
+
+def catalogue(registry: Registry) -> dict[str, list[dict[str, Any]]]:
+    """Every kind to its entries, each a flat dictionary of plain values."""
+    return {
+        "attacks": [_attack(registry, spec) for spec in registry.attacks.values()],
+        "defenses": [_defense(registry, spec) for spec in registry.defenses.values()],
+        "encoders": [
+            {"name": s.scheme, "usage": s.usage, "names": list(s.names), "summary": s.summary}
+            for s in registry.encoders.values()
+        ],
+        "heads": [{"name": s.name, "summary": s.summary} for s in registry.heads.values()],
+        "data": [
+            {"name": s.scheme, "usage": s.usage, "names": list(s.names), "summary": s.summary}
+            for s in registry.data.values()
+        ],
+    }
+
+
+def describe_entry(registry: Registry, name: str) -> dict[str, Any]:
+    """Everything known about one entry; a source string such as `packaged:photos` describes its scheme.
+
+    Raises:
+        UnknownNameError: No table has that name; lists near matches from all of them.
+    """
+    if name in registry.attacks:
+        spec = registry.attacks[name]
+        return {"kind": "attack", **_attack(registry, spec), **_parameters(spec)}
+    if name in registry.defenses:
+        shield = registry.defenses[name]
+        return {"kind": "defense", **_defense(registry, shield), **_parameters(shield)}
+    if name in registry.heads:
+        head = registry.heads[name]
+        return {"kind": "head", "name": head.name, "summary": head.summary, "settings": dict(head.settings or {})}
+    scheme = name.partition(":")[0]
+    for kind, table in (("encoder source", registry.encoders), ("data source", registry.data)):
+        if scheme in table and (scheme == name or _has(table[scheme], name)):
+            entry = table[scheme]
+            return {
+                "kind": kind,
+                "name": entry.scheme,
+                "usage": entry.usage,
+                "names": list(entry.names),
+                "summary": entry.summary,
+            }
+    known = [*registry.attacks, *registry.defenses, *registry.heads]
+    known += [f"{s}:{n}" for t in (registry.encoders, registry.data) for s in t for n in t[s].names]
+    raise UnknownNameError("name", name, [*known, *registry.encoders, *registry.data])
+
+
+def _has(entry: Any, name: str) -> bool:
+    rest = name.partition(":")[2].partition("?")[0]
+    return not entry.names or rest in entry.names
+
+
+def _attack(registry: Registry, spec: AttackSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "access": spec.access,
+        "norms": list(spec.norms),
+        "goal": spec.goal,
+        "budget": "fixed" if spec.budget else "minimal",
+        "installed": not (spec.extra and spec.missing()),
+        "from": registry.attacks.origin(spec.name),
+        "summary": spec.summary,
+        "source": spec.source,
+    }
+
+
+def _defense(registry: Registry, spec: DefenseSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "gradient": spec.gradient,
+        "stochastic": spec.stochastic,
+        "knowledge": list(spec.knowledge),
+        "installed": not (spec.extra and spec.missing()),
+        "from": registry.defenses.origin(spec.name),
+        "summary": spec.summary,
+        "source": spec.source,
+    }
+
+
+def _parameters(spec: AttackSpec | DefenseSpec) -> dict[str, Any]:
+    params = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in spec.params]
+    return {"params": params, "documentation": inspect.getdoc(spec.factory) or ""}

@@ -1,0 +1,54 @@
+"""Checks of every victim of a stage before it is attacked, with each attacker's view of it, on a few images."""
+
+from collections.abc import Callable
+
+from robustbench_x.diagnose import probe_gradient, probe_victim
+from robustbench_x.engine.craft import attacker_sees
+from robustbench_x.engine.stage import StageAtWork
+from robustbench_x.findings import finding
+from robustbench_x.heads.base import FittedHead
+from robustbench_x.plan import UNDEFENDED, Craft
+from robustbench_x.registry import Registry
+from robustbench_x.result import Finding
+
+__all__ = ["probe_stage"]
+
+_IMAGES = 8
+
+
+def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
+    """Findings of the forward checks of every (defence, head) and the gradient checks of every attacker's view."""
+    images = stage.batch(0).images[:_IMAGES]
+    if not len(images):
+        return []
+    source, data = stage.stage.encoder, stage.stage.data
+    found: list[Finding] = []
+
+    def forward(shield: str, head: FittedHead) -> list[Finding]:
+        return probe_victim(images, stage.defended(shield), head)
+
+    def backward(craft: Craft) -> list[Finding]:
+        loss = "cosine" if craft.head is None else "margin"
+        return probe_gradient(images, attacker_sees(stage, craft, craft.head), craft.threat, loss=loss)
+
+    for shield in stage.shields:
+        for name, head in stage.heads.items():
+            found += _guarded(f"{source} | {name} | {data} | {shield}", lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
+    views: dict[tuple[str, str, str | None], Craft] = {}
+    for craft in stage.stage.crafts:
+        if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:
+            views.setdefault((craft.seen, craft.knowledge, craft.head), craft)
+    for (shield, knowledge, seen_head), craft in views.items():
+        shown = shield if shield == UNDEFENDED else f"{shield}:{knowledge}"
+        where = f"{source} | {seen_head or 'features'} | {data} | {shown}"
+        found += _guarded(where, lambda c=craft: backward(c))  # type: ignore[misc]
+    return found
+
+
+def _guarded(where: str, probe: Callable[[], list[Finding]]) -> list[Finding]:
+    """A probe's findings about `where`; a probe that fails is itself a finding, never silence."""
+    try:
+        found = probe()
+    except Exception as error:  # noqa: BLE001 - it becomes an error-level finding
+        found = [finding("probe_failed", f"{type(error).__name__}: {error}")]
+    return [f.model_copy(update={"cell": where}) for f in found]

@@ -1,0 +1,64 @@
+"""Two runs on the same samples: which events happened in one and not in the other."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robustbench_x.errors import RunError
+from robustbench_x.store import read_rows
+
+__all__ = ["EVENTS", "Discordance", "Rows", "discordant", "rows_by_cell"]
+
+Rows = dict[str, dict[str, Any]]
+"""Sample id to row of one cell."""
+
+
+def rows_by_cell(run: Path) -> dict[str, Rows]:
+    """Cell to sample to row of a run's `samples.parquet`."""
+    table: dict[str, Rows] = {}
+    for row in read_rows(run / "samples.parquet").to_pylist():
+        table.setdefault(row["cell"], {})[row["sample"]] = row
+    return table
+
+
+class Discordance(NamedTuple):
+    """How often a metric's event happened in one run, the other, and both, over `pairs` samples judged in both."""
+
+    only_mine: int
+    only_theirs: int
+    both: int
+    pairs: int
+
+
+def discordant(metric: str, mine: Rows, theirs: Rows, cell: str) -> Discordance:
+    """Counts a metric's event over the samples that both runs judged; conditional rates need both correct when clean.
+
+    Raises:
+        RunError: The runs evaluated different samples or images, so nothing can be paired.
+    """
+    if set(mine) != set(theirs):
+        raise RunError(f"cell {cell}: this run and the baseline evaluated different samples")
+    for sample, row in mine.items():
+        if row["sha256"] != theirs[sample]["sha256"]:
+            raise RunError(f"cell {cell}: sample {sample} holds different pixels in this run and the baseline")
+    event = EVENTS[metric]
+    pairs = [
+        (event(row), event(theirs[sample]))
+        for sample, row in mine.items()
+        if row["error"] is None and theirs[sample]["error"] is None
+    ]
+    # Conditional rates are compared where both runs have a correct clean sample.
+    judged = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=bool).reshape(-1, 2)
+    a, b = judged[:, 0], judged[:, 1]
+    return Discordance(int((a & ~b).sum()), int((~a & b).sum()), int((a & b).sum()), len(judged))
+
+
+EVENTS: dict[str, Any] = {
+    "asr": lambda r: r["fooled"] if r["clean_correct"] else None,
+    "asr_8bit": lambda r: r["adv8_pred"] != r["label"] if r["clean_correct"] else None,
+    "asr_total": lambda r: r["adv_pred"] != r["label"],
+    "robust_accuracy": lambda r: r["clean_correct"] and not r["fooled"],
+    "flip_rate": lambda r: r["flipped"],
+    "clean_accuracy": lambda r: r["clean_correct"],
+}

@@ -1,0 +1,1 @@
+"""Views of a stored result: Markdown, terminal, CSV. Each reads the report and nothing else."""

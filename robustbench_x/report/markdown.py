@@ -1,0 +1,145 @@
+"""report.md: the result for a pull request, a step summary, or a reader with no browser."""
+
+from collections.abc import Iterable, Sequence
+
+from robustbench_x.findings import FINDINGS
+from robustbench_x.report.words import figure, headline, percent, shield, summary, threat_text, victim
+from robustbench_x.result import CellResult, Decision, Finding, Report
+
+__all__ = ["LIMIT", "render_markdown"]
+
+LIMIT = 1_000_000
+"""Bytes a GitHub step summary holds; a longer one is dropped whole, so the text cuts itself."""
+
+_Key = tuple[str, str, str]
+
+
+def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -> str:
+    """The report as Markdown of at most `limit` bytes; what had to go is said at its end."""
+    sections = [
+        _head(report, decision),
+        _gates(report),
+        _worst(report),
+        _findings(report.findings),
+        *_victims(report),
+        _provenance(report),
+    ]
+    text = ""
+    for number, section in enumerate(s for s in sections if s):
+        longer = f"{text}\n{section}" if text else section
+        if len(longer.encode()) > limit - 200:
+            left = len([s for s in sections if s]) - number
+            return f"{text}\n_{left} sections left out: the text would exceed {limit} bytes. See report.json._\n"
+        text = longer
+    return text
+
+
+def _head(report: Report, decision: Decision) -> str:
+    run = report.run
+    n = f"{len(report.cells)} cells, {sum(cell.n for cell in report.cells)} judgements"
+    return (
+        f"### {escape(headline(report, decision))}\n\n{escape(summary(report))}\n\n"
+        f"{n}; status {report.status}; seed {run.seed}; {escape(run.device)}; robustbench_x {run.robustbench_x}\n"
+    )
+
+
+def _gates(report: Report) -> str:
+    if not report.gates:
+        return ""
+    rows = [(v.verdict.upper(), v.gate, v.message) for v in report.gates]
+    return "### Gates\n\n" + table(("verdict", "gate", "what was seen"), rows)
+
+
+def _worst(report: Report) -> str:
+    rows = [
+        (
+            victim(w),
+            threat_text(w.threat),
+            str(w.n),
+            figure(w.robust_accuracy),
+            figure(w.asr),
+            str(w.n_errors) if w.n_errors else "",
+        )
+        for w in report.worst_case
+    ]
+    header = ("victim", "budget", "n", "robust accuracy", "attack success", "errors")
+    return "### Worst case per sample, over all attacks\n\n" + table(header, rows)
+
+
+def _victims(report: Report) -> list[str]:
+    groups: dict[_Key, list[CellResult]] = {}
+    for cell in report.cells:
+        groups.setdefault((cell.encoder, cell.head, cell.data), []).append(cell)
+    return [_victim(key, cells) for key, cells in groups.items()]
+
+
+def _victim(key: _Key, cells: Sequence[CellResult]) -> str:
+    rows = [
+        (
+            shield(cell),
+            cell.attack,
+            threat_text(cell.threat),
+            percent(cell.metrics["clean_accuracy"].value),
+            figure(cell.metrics["robust_accuracy"]),
+            figure(cell.metrics["asr"]),
+            percent(cell.metrics["asr_8bit"].value),
+            f"{percent(cell.metrics['flip_rate'].value)} / {percent(cell.metrics['collapse_ceiling'].value)}",
+            _number(cell, "backwards_per_sample"),
+            " ".join(dict.fromkeys(f.id for f in cell.flags if f.level != "note")),
+        )
+        for cell in cells
+    ]
+    header = (
+        "defence (knowledge)", "attack", "budget", "clean", "robust accuracy", "ASR", "8-bit", "flips / ceiling",
+        "backward", "flags",
+    )  # fmt: skip
+    encoder, head, data = key
+    title = f"{escape(encoder)}, {escape(head)} head, {escape(data)}"
+    return f"<details><summary>{title}: {cells[0].n} images</summary>\n\n{table(header, rows)}\n</details>\n"
+
+
+def _findings(findings: Sequence[Finding]) -> str:
+    serious = [f for f in findings if f.level != "note"]
+    notes = len(findings) - len(serious)
+    if not findings:
+        return "### Findings\n\nNone.\n"
+    order = {"error": 0, "warning": 1}
+    rows = [
+        (f.level, f.id, f.cell or "the run", f.message, FINDINGS[f.id].advice if f.id in FINDINGS else "")
+        for f in sorted(serious, key=lambda f: order[f.level])
+    ]
+    tail = f"\n{notes} notes are in report.json.\n" if notes else ""
+    body = table(("level", "finding", "where", "what", "advice"), rows) if rows else "No error, no warning.\n"
+    return f"### Findings\n\n{body}{tail}"
+
+
+def _provenance(report: Report) -> str:
+    run = report.run
+    rows = [
+        ("command", f"`{run.command}`" if run.command else "-"),
+        ("started, finished", f"{run.started}, {run.finished}"),
+        ("device, precision, batch", f"{run.device}, {run.precision}, {run.batch_size}"),
+        ("platform", run.platform),
+        ("packages", ", ".join(f"{name} {version}" for name, version in run.packages.items())),
+        *((e.source, f"sha256 {e.sha256}; {e.license or 'licence unknown'}") for e in report.encoders),
+        *((d.source, f"{d.evaluated} of {d.test} test images, {d.train} training images") for d in report.data),
+    ]
+    return f"<details><summary>What was run</summary>\n\n{table(('', ''), rows)}\n</details>\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with every cell escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(escape(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """`text` as it is, whatever it holds: no table break, no HTML, no line break."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _number(cell: CellResult, metric: str) -> str:
+    value = cell.metrics[metric].value
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,18 @@
+"""The contract kit: what every attack and defence must keep, for first-party and third-party plugins alike.
+
+    import pytest
+    from robustbench_x.registry import load_registry
+    from robustbench_x.testing import ATTACK_CHECKS
+
+    @pytest.mark.parametrize("check", ATTACK_CHECKS, ids=lambda c: c.__name__)
+    def test_contract(check):
+        check(load_registry().attacks["my_attack"])
+
+A check raises AssertionError, saying what was broken, and returns nothing.
+"""
+
+from robustbench_x.testing.attacks import ATTACK_CHECKS
+from robustbench_x.testing.defenses import DEFENSE_CHECKS
+from robustbench_x.testing.toys import ToyVictim, linear_victim, make_view, toy_victim
+
+__all__ = ["ATTACK_CHECKS", "DEFENSE_CHECKS", "ToyVictim", "linear_victim", "make_view", "toy_victim"]

@@ -1,0 +1,155 @@
+"""Small victims with real encoders and heads, and the view an attack gets of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustbench_x.encoders.encoder import Encoder, Preprocessing, Tokens
+from robustbench_x.heads.base import FittedHead
+from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.threat import ThreatModel
+from robustbench_x.views import (
+    Access,
+    EncoderHandle,
+    EncoderView,
+    ImageView,
+    Meter,
+    ModelHandle,
+    Query,
+    QueryView,
+    View,
+    WhiteboxView,
+)
+
+__all__ = ["ToyVictim", "linear_victim", "make_view", "toy_victim"]
+
+SIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyVictim:
+    """An encoder with a head, and images `(N, 3, S, S)` that it classifies as `labels`."""
+
+    encoder: Encoder
+    head: FittedHead
+    images: Tensor
+    labels: Tensor
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits `(N, K)`."""
+        logits: Tensor = self.head(self.encoder(images))
+        return logits
+
+
+@final
+class _ConvNet(nn.Module):
+    """Two convolutions with batch norm: layers `early` and `late`, features by average pooling."""
+
+    layers = ("early", "late")
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.GELU())
+        self.late = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.GELU())
+
+    def pooled(self, images: Tensor) -> Tensor:
+        features: Tensor = self.late(self.early(images))
+        return features.mean(dim=(2, 3))
+
+    def tokens(self, images: Tensor, layers: Sequence[str]) -> list[Tokens]:
+        maps = {"early": self.early(images)}
+        if "late" in layers:
+            maps["late"] = self.late(maps["early"])
+        return [Tokens(maps[name].flatten(2).transpose(1, 2), None) for name in layers]
+
+
+@final
+class _Flat(nn.Module):
+    """The pixels themselves as features."""
+
+    layers: tuple[str, ...] = ()
+
+    def pooled(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+    def tokens(self, images: Tensor, layers: Sequence[str]) -> list[Tokens]:
+        return []
+
+
+def toy_victim(*, num_classes: int = 5, num_images: int = 12, seed: int = 0) -> ToyVictim:
+    """A small random convolutional encoder with a prototype-like head that is right on every image."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = _ConvNet(8)
+    means = torch.rand(num_classes, 3, 4, 4, generator=generator)
+    labels = torch.arange(num_images) % num_classes
+    coarse = F.interpolate(means[labels], (SIDE, SIDE), mode="bilinear", align_corners=False)
+    images = (0.8 * coarse + 0.1 + 0.1 * torch.rand(coarse.shape, generator=generator)).clamp(0, 1)
+    images = (images * 255).round() / 255
+    encoder = Encoder(source="toy", backbone=net, preprocessing=Preprocessing(input_size=(SIDE, SIDE)))
+    with torch.no_grad():
+        features = encoder(images)
+    centre, spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    prototypes = torch.stack([((features - centre) / spread)[labels == k].mean(dim=0) for k in range(num_classes)])
+    weight = 2 * prototypes / spread
+    bias = -prototypes.square().sum(dim=1) - weight @ centre
+    head = _linear_head(weight, bias)
+    return ToyVictim(encoder=encoder, head=head, images=images, labels=head(features).argmax(dim=1))
+
+
+def linear_victim(*, num_images: int = 8, seed: int = 0) -> tuple[ToyVictim, Tensor]:
+    """A linear two-class model on raw pixels, with its signed margin `w.x + b` known in closed form.
+
+    Returns:
+        The victim and `w` `(3 * S * S,)`: the smallest change that reaches the boundary has linf size
+        `margin / sum(abs(w))` and Euclidean size `margin / norm(w)`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3 * SIDE * SIDE, generator=generator)
+    images = 0.3 + 0.4 * torch.rand(num_images, 3, SIDE, SIDE, generator=generator)
+    scores = images.flatten(1) @ weight
+    bias = -scores.median()
+    head = _linear_head(torch.stack([torch.zeros_like(weight), weight]), torch.tensor([0.0, float(bias)]))
+    encoder = Encoder(source="linear", backbone=_Flat(), preprocessing=Preprocessing(input_size=(SIDE, SIDE)))
+    victim = ToyVictim(encoder=encoder, head=head, images=images, labels=(scores + bias > 0).long())
+    return victim, weight
+
+
+def make_view(
+    access: Access,
+    victim: ToyVictim,
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+    exhaustive: bool = False,
+    meter: Meter | None = None,
+) -> View:
+    """The view that an attack with `access` gets of `victim`, undefended."""
+    meter = meter or Meter()
+    shared: dict[str, Any] = {
+        "inputs": victim.images.clone(),
+        "threat": threat,
+        "random": SampleRandom([derive_seed(seed, i) for i in range(len(victim.images))]),
+        "exhaustive": exhaustive,
+    }
+    if access == "none":
+        return ImageView(**shared)
+    if access == "encoder":
+        return EncoderView(**shared, encoder=EncoderHandle(victim.encoder, lambda images: images, meter))
+    shared |= {"labels": victim.labels.clone(), "num_classes": victim.head.num_classes}
+    if access == "whitebox":
+        return WhiteboxView(**shared, model=ModelHandle(victim.logits, meter))
+    answer = "scores" if access == "scores" else "labels"
+    return QueryView(**shared, query=Query(victim.logits, meter, answer=answer, cap=None))  # type: ignore[arg-type]
+
+
+def _linear_head(weight: Tensor, bias: Tensor) -> FittedHead:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    names = {str(k): k for k in range(len(weight))}
+    return FittedHead(name="toy", layer=layer, num_classes=len(weight), aliases=names)

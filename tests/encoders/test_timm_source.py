@@ -164,6 +164,24 @@ def test_without_a_network_one_sentence_offers_what_works(tmp_path: Path, name: 
     )
 
 
+def test_weights_in_the_hubs_cache_need_no_network(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--timm--test_vit.r160_in1k" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    safetensors.torch.save_file(_model("test_vit").state_dict(), snapshot / "model.safetensors")
+    code = (
+        "from robustbench_x.encoders.source import EncoderOptions\n"
+        "from robustbench_x.encoders.timm_source import SOURCE\n"
+        "encoder, classifier = SOURCE.load('timm:test_vit', 'test_vit', EncoderOptions())\n"
+        "print(encoder.sha256, encoder.license, encoder.input_size, classifier.num_classes)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    digest = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    assert done.stdout == f"{digest} apache-2.0 (160, 160) 1000\n"
+
+
 def test_a_state_digest_knows_names_shapes_and_bytes_and_nothing_else() -> None:
     state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(1)}
     reordered = {"a": torch.tensor(1), "b": torch.arange(6.0).view(3, 2).T.contiguous().T.reshape(2, 3)}

@@ -31,15 +31,16 @@ def list_(
     if as_json:
         _echo_json(chosen)
         return
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     for name, rows in chosen.items():
-        table = Table(title=name, title_justify="left", title_style="bold", show_header=True)
-        columns = [c for c in rows[0] if c not in ("params", "names")]
+        table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        columns = _COLUMNS[name]
         for column in columns:
-            table.add_column(column)
+            table.add_column(column, no_wrap=column in ("name", "access"), overflow="fold")
         for row in rows:
             table.add_row(*(escape(_text(row[column])) for column in columns))
         Console().print(table)
@@ -66,6 +67,16 @@ def describe(
             typer.echo(f"{key}: {_text(value)}")
     if entry.get("documentation"):
         typer.echo(f"\n{entry['documentation']}")
+
+
+_COLUMNS = {
+    "attacks": ("name", "access", "norms", "summary"),
+    "defenses": ("name", "knowledge", "summary"),
+    "encoders": ("usage", "names", "summary"),
+    "heads": ("name", "summary"),
+    "data": ("usage", "names", "summary"),
+}
+"""What fits a terminal; `--json` and `rbx describe` have the rest."""
 
 
 def _text(value: Any) -> str:

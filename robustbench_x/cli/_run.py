@@ -59,7 +59,9 @@ def run_and_report(request: RunRequest) -> int:
     report = report.model_copy(update={"decision": decision})
     publish(report, decision, out)
     print_report(report, decision, console)
-    console.print(f"\nresults in {out}: report.md, report.json, samples.parquet", markup=False, highlight=False)
+    console.print(
+        f"\nresults in {out}: report.md, report.json, samples.parquet", markup=False, highlight=False, soft_wrap=True
+    )
     return decision.exit_code
 
 
@@ -143,4 +145,4 @@ class _Bar:
 
     def say(self, text: str) -> None:
         """See `Progress`."""
-        self._progress.console.print(text, style="dim", markup=False, highlight=False)
+        self._progress.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)

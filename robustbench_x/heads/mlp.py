@@ -15,8 +15,8 @@ __all__ = ["SPEC", "MLPHead", "fit", "restore"]
 
 _MAX_WIDTH = 512
 _BATCH = 128
-_EPOCHS = 200
-_PATIENCE = 20
+_EPOCHS = 100
+_PATIENCE = 10
 _RATE = 1e-3
 _DECAY = 1e-2
 _HELD_OUT = 0.1
@@ -47,7 +47,7 @@ class MLPHead(nn.Module):
 def fit(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> MLPHead:
     """AdamW on nine tenths of every class; the weights of the epoch with the lowest loss on the rest.
 
-    Stops after 20 epochs without progress. A class with a single sample is trained on only; when every class
+    Stops after 10 epochs without progress. A class with a single sample is trained on only; when every class
     is like that, the training loss decides.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -44,41 +45,33 @@ def print_gates(verdicts: Sequence[GateVerdict], console: Console) -> None:
 
 
 def _victim_table(title: str, cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
-    clean = figure(cells[0].metrics["clean_accuracy"])
-    table = Table(title=escape(f"{title} (n={cells[0].n}, clean accuracy {clean})"), title_justify="left")
-    table.add_column("defence")
-    table.add_column("attack")
-    table.add_column("budget")
-    table.add_column("clean", justify="right")
-    table.add_column("robust acc.", justify="right")
-    table.add_column("attack success", justify="right")
-    table.add_column("8-bit", justify="right")
-    table.add_column("s/img", justify="right")
-    table.add_column("flags")
+    table = Table(title=escape(f"{title} (n={cells[0].n})"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    several = len({threat_text(cell.threat) for cell in cells}) > 1
+    columns = ["attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"]
+    for name in columns:
+        left = name in ("attack", "defence")
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for cell in cells:
-        table.add_row(*_row(cell), style="dim" if cell.control else "")
+        table.add_row(*_row(cell, several), style="dim" if cell.control else "")
     table.add_section()
     for w in worst:
-        table.add_row(
-            escape(w.defense), "worst case", threat_text(w.threat), "", figure(w.robust_accuracy), figure(w.asr),
-            style="bold",
-        )  # fmt: skip
+        name = f"worst case {threat_text(w.threat)}" if several else "worst case"
+        table.add_row(name, escape(w.defense), "", figure(w.robust_accuracy), figure(w.asr), style="bold")
     return table
 
 
-def _row(cell: CellResult) -> tuple[str, ...]:
-    flags = dict.fromkeys((f.id, f.level) for f in cell.flags if f.level != "note")
+def _row(cell: CellResult, several: bool) -> tuple[str, ...]:
     seconds = cell.metrics["seconds"].value
+    flagged = any(f.level != "note" for f in cell.flags)
+    name = f"{cell.attack} {threat_text(cell.threat)}" if several else cell.attack
     return (
+        escape(name) + (" [yellow]![/]" if flagged else ""),
         escape(shield(cell)),
-        escape(cell.attack),
-        threat_text(cell.threat),
         percent(cell.metrics["clean_accuracy"].value),
         figure(cell.metrics["robust_accuracy"]),
         figure(cell.metrics["asr"]),
         percent(cell.metrics["asr_8bit"].value),
         "-" if seconds is None else f"{seconds:.2f}",
-        " ".join(f"[{_LEVEL_STYLE[level]}]{name}[/]" for name, level in flags),
     )
 
 

@@ -1,7 +1,8 @@
-"""What every attack must keep."""
+"""What every attack must keep. Each check takes a spec and, for slow attacks, the parameters to run it with."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +22,25 @@ _BUDGETS: dict[Norm, tuple[float, float, float]] = {
     "patch": (0.02, 0.1, 0.3),
 }
 _TOLERANCE = 1e-6
+Params = Mapping[str, Any]
+_DEFAULTS: Params = {}
 
 
-def says_what_it_is(spec: AttackSpec) -> None:
+def says_what_it_is(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """Spec well-formed, every parameter explained, the class documented."""
     check_spec(spec)
     silent = [p.name for p in spec.params if not p.help]
     assert not silent, f"{spec.name}: parameters without help: {', '.join(silent)}"
     assert (spec.factory.__doc__ or "").strip(), f"{spec.name}: its class has no docstring"
-    assert spec.effective().keys() == {p.name for p in spec.params}
+    assert spec.effective(params).keys() == {p.name for p in spec.params}
 
 
-def keeps_shape_and_budget(spec: AttackSpec) -> None:
+def keeps_shape_and_budget(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """Same shape, dtype and device; finite; inside the budget where it claims to spend one."""
     victim = toy_victim()
     for norm in spec.norms:
         threat = ThreatModel(norm=norm, eps=_BUDGETS[norm][1])
-        images = _run(spec, victim, threat)
+        images = _run(spec, params, victim, threat)
         where = f"{spec.name} with {threat}"
         assert images.shape == victim.images.shape, f"{where} returned shape {tuple(images.shape)}"
         assert images.dtype == victim.images.dtype, f"{where} returned {images.dtype}"
@@ -49,46 +52,46 @@ def keeps_shape_and_budget(spec: AttackSpec) -> None:
         assert not spec.budget or overrun <= _TOLERANCE, f"{where} leaves its budget by {overrun:.3g}"
 
 
-def repeats_by_seed(spec: AttackSpec) -> None:
+def repeats_by_seed(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """Two runs from one seed agree, whatever the global generators were doing."""
     if not spec.deterministic:
         return
     victim, threat = toy_victim(), _middle(spec)
-    first = _run(spec, victim, threat, seed=3)
+    first = _run(spec, params, victim, threat, seed=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(991)
         torch.rand(7)
-        second = _run(spec, victim, threat, seed=3)
+        second = _run(spec, params, victim, threat, seed=3)
     assert torch.equal(first, second), f"{spec.name}: two runs from one seed differ"
 
 
-def leaves_everything_alone(spec: AttackSpec) -> None:
+def leaves_everything_alone(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """Weights, buffers, modes, gradients, hooks, inputs and the global generator are as they were."""
     victim, threat = toy_victim(), _middle(spec)
     seal = Seal(victim.encoder, victim.head)
     view = make_view(spec.access, victim, threat)
     inputs, state = view.inputs.clone(), torch.get_rng_state()
-    spec.build().run(view)
+    spec.build(params).run(view)
     assert seal.broken() is None, f"{spec.name}: {seal.broken()}"
     assert torch.equal(view.inputs, inputs), f"{spec.name} wrote to its inputs"
     assert torch.equal(torch.get_rng_state(), state), f"{spec.name} moved the global generator"
     assert torch.is_grad_enabled(), f"{spec.name} switched gradients off"
 
 
-def changes_nothing_at_zero(spec: AttackSpec) -> None:
+def changes_nothing_at_zero(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """With eps = 0 the projected images are the clean ones."""
     victim = toy_victim()
     for norm in spec.norms:
         threat = ThreatModel(norm=norm, eps=0.0)
-        images = threat.project(_run(spec, victim, threat), victim.images)
+        images = threat.project(_run(spec, params, victim, threat), victim.images)
         assert torch.equal(images, victim.images), f"{spec.name}: eps=0 ({norm}) changes images"
 
 
-def never_helps_with_more(spec: AttackSpec) -> None:
+def never_helps_with_more(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """A larger budget does not fool significantly fewer samples (McNemar, exact, 5 %)."""
     victim = toy_victim()
     for norm in spec.norms:
-        fooled = [_fooled(spec, victim, ThreatModel(norm=norm, eps=eps)) for eps in _BUDGETS[norm]]
+        fooled = [_fooled(spec, params, victim, ThreatModel(norm=norm, eps=eps)) for eps in _BUDGETS[norm]]
         for smaller, larger in itertools.pairwise(fooled):
             lost, gained = int((smaller & ~larger).sum()), int((larger & ~smaller).sum())
             worse = lost > gained and mcnemar_exact(lost, gained) < 0.05
@@ -96,15 +99,15 @@ def never_helps_with_more(spec: AttackSpec) -> None:
             assert not worse, f"{spec.name} ({norm}): fools {counts} at {_BUDGETS[norm]}"
 
 
-def works_on_one_image(spec: AttackSpec) -> None:
+def works_on_one_image(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """A batch of one is a batch."""
     whole = toy_victim()
     victim = ToyVictim(encoder=whole.encoder, head=whole.head, images=whole.images[:1], labels=whole.labels[:1])
-    images = _run(spec, victim, _middle(spec))
+    images = _run(spec, params, victim, _middle(spec))
     assert images.shape == victim.images.shape, f"{spec.name}: one image became {tuple(images.shape)}"
 
 
-ATTACK_CHECKS: tuple[Callable[[AttackSpec], None], ...] = (
+ATTACK_CHECKS: tuple[Callable[..., None], ...] = (
     says_what_it_is,
     keeps_shape_and_budget,
     repeats_by_seed,
@@ -115,8 +118,8 @@ ATTACK_CHECKS: tuple[Callable[[AttackSpec], None], ...] = (
 )
 
 
-def _run(spec: AttackSpec, victim: ToyVictim, threat: ThreatModel, *, seed: int = 0) -> Tensor:
-    images: Tensor = spec.build().run(make_view(spec.access, victim, threat, seed=seed))
+def _run(spec: AttackSpec, params: Params, victim: ToyVictim, threat: ThreatModel, *, seed: int = 0) -> Tensor:
+    images: Tensor = spec.build(params).run(make_view(spec.access, victim, threat, seed=seed))
     return images
 
 
@@ -125,8 +128,8 @@ def _middle(spec: AttackSpec) -> ThreatModel:
     return ThreatModel(norm=norm, eps=_BUDGETS[norm][1])
 
 
-def _fooled(spec: AttackSpec, victim: ToyVictim, threat: ThreatModel) -> Tensor:
-    images = admit(_run(spec, victim, threat), victim.images, threat).images
+def _fooled(spec: AttackSpec, params: Params, victim: ToyVictim, threat: ThreatModel) -> Tensor:
+    images = admit(_run(spec, params, victim, threat), victim.images, threat).images
     with torch.no_grad():
         wrong: Tensor = victim.logits(images).argmax(dim=1) != victim.labels
     return wrong

@@ -113,7 +113,8 @@ def linear_victim(*, num_images: int = 8, seed: int = 0) -> tuple[ToyVictim, Ten
     weight = torch.randn(3 * SIDE * SIDE, generator=generator)
     images = 0.3 + 0.4 * torch.rand(num_images, 3, SIDE, SIDE, generator=generator)
     scores = images.flatten(1) @ weight
-    bias = -scores.median()
+    ordered = scores.sort().values
+    bias = -(ordered[num_images // 2 - 1] + ordered[num_images // 2]) / 2
     head = _linear_head(torch.stack([torch.zeros_like(weight), weight]), torch.tensor([0.0, float(bias)]))
     encoder = Encoder(source="linear", backbone=_Flat(), preprocessing=Preprocessing(input_size=(SIDE, SIDE)))
     victim = ToyVictim(encoder=encoder, head=head, images=images, labels=(scores + bias > 0).long())

@@ -100,11 +100,12 @@ def view_of(
     classes: int = CLASSES,
     cap: int | None = None,
     meter: Meter | None = None,
+    seed: int = 0,
 ) -> View:
     norm = norm or entry.norms[0]
     budget = (0.1 if norm == "linf" else 3.0) if eps is None else eps
     threat, meter = ThreatModel(norm=norm, eps=budget), meter or Meter()
-    seeds = SampleRandom(list(range(len(inputs))))
+    seeds = SampleRandom([seed + row for row in range(len(inputs))])
     if entry.access == "none":
         return ImageView(inputs=inputs, threat=threat, random=seeds)
     if labels is None:
@@ -323,6 +324,33 @@ def test_autoattack_runs_its_parts_for_the_steps_asked() -> None:
     targets = CLASSES - 1
     # One more step is one more gradient of APGD, one of APGDT and one of FAB for each target.
     assert passes(5) - passes(4) == 1 + 2 * targets
+
+
+def test_autoattack_gives_square_the_queries_asked() -> None:
+    def passes(queries: int) -> int:
+        meter = Meter()
+        run("AutoAttack", Net(), pixels(1), eps=1e-6, params={"queries": queries}, meter=meter)
+        return meter.forwards
+
+    assert passes(25) - passes(20) == 5
+
+
+@pytest.mark.parametrize("name", ["APGD", "APGDT", "Square", "AutoAttack"])
+def test_attacks_that_seed_themselves_get_the_views_seed(name: str) -> None:
+    first, second = (run(name, Net(), pixels(), eps=0.3, seed=seed) for seed in (0, 100))
+    assert not torch.equal(first, second)
+
+
+def test_spsa_is_kept_from_asking_about_its_copies_all_at_once() -> None:
+    net, sizes = Net(), []
+
+    def sized(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        logits: Tensor = net(images)
+        return logits
+
+    run("SPSA", sized, pixels(5), params={"samples": 32, "steps": 1})
+    assert max(sizes) == 64
 
 
 @pytest.mark.parametrize("name", ["APGDT", "AutoAttack"])

@@ -80,7 +80,7 @@ class Adapter(nn.Module):
             return answer
         with torch.no_grad():
             pieces = torch.split(images.detach(), self._chunk or len(images))
-            return torch.cat([self._ask(piece).detach().float() for piece in pieces]).clone()
+            return torch.cat([self._ask(piece).detach().float() for piece in pieces])
 
 
 class _InputGradient(torch.autograd.Function):

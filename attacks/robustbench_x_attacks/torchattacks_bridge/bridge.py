@@ -195,8 +195,7 @@ def _contained(view: View) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # which also undoes no_grad
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng(devices=devices),
         contextlib.redirect_stdout(sys.stderr),

@@ -12,15 +12,29 @@ from robustbench_x.registry import load_registry
 from robustbench_x.testing import ATTACK_CHECKS
 from robustbench_x.views import ImageView, WhiteboxView
 
-Check = Callable[[AttackSpec], None]
+Check = Callable[..., None]
 REGISTRY = load_registry()
+QUICK: dict[str, dict[str, object]] = {
+    "torchattacks:SPSA": {"steps": 5, "samples": 16},
+    "torchattacks:Square": {"queries": 100},
+    "torchattacks:AutoAttack": {"steps": 5, "queries": 20},
+    "torchattacks:OnePixel": {"steps": 3, "popsize": 10},
+    "torchattacks:FAB": {"steps": 10},
+    "torchattacks:APGD": {"steps": 20},
+    "torchattacks:APGDT": {"steps": 10},
+    "torchattacks:EADL1": {"steps": 10, "search_steps": 2},
+    "torchattacks:EADEN": {"steps": 10, "search_steps": 2},
+    "torchattacks:CW": {"steps": 20},
+    "torchattacks:Pixle": {"restarts": 5},
+}
+"""Parameters that make the slow ones quick; their strength is not what this test is about."""
 CHECKS = {check.__name__: check for check in ATTACK_CHECKS}
 
 
 @pytest.mark.parametrize("check", ATTACK_CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", list(REGISTRY.attacks))
 def test_every_attack_keeps_the_contract(name: str, check: Check) -> None:
-    check(REGISTRY.attacks[name])
+    check(REGISTRY.attacks[name], QUICK.get(name, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +83,7 @@ class _Contrary:
     """Works only at small budgets."""
 
     def run(self, view: WhiteboxView) -> Tensor:
-        if view.threat.eps > 4 / 255:
+        if view.threat.eps > 16 / 255:
             return view.inputs.clone()
         spec = REGISTRY.attacks["pgd"]
         wider = replace(view, threat=replace(view.threat, eps=0.3))

@@ -1,0 +1,488 @@
+"""PGD beside a hand-written loop, torchattacks, foolbox and ART: seconds, robust accuracy and passes per image.
+
+    python benchmarks/pgd.py [--images N] [--repeats R] [--threads T] [--device cpu|cuda] [--out FILE.md]
+
+Everyone attacks the same frozen network in float32 with the same budget, step size, kind of random start and
+one batch. The hand-written loop and the peers get a plain module without our range checks; ours runs behind the
+view an audit hands out. Rounds are interleaved, so that a busy machine slows all alike, and the best round of
+each counts. Candidates are judged alike, by a fresh forward pass after the same projection.
+
+The peers come with `pip install 'robustbench-x[bench,torchattacks]'`; one that is missing keeps its row, which
+says so. ART 1.20.1 changed no installed version here: it brought only itself and six.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from robustbench_x.data.dataset import draw_subset, open_dataset
+from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.heads.base import FittedHead
+from robustbench_x.heads.build import build_head
+from robustbench_x.judge import admit
+from robustbench_x.numbers import format_eps
+from robustbench_x.plugin import Attack
+from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.registry import load_registry
+from robustbench_x.threat import ThreatModel
+from robustbench_x.views import Meter, ModelHandle, WhiteboxView
+from robustbench_x_attacks.gradient import APGDCE, PGD
+
+SEED = 0
+PGD_EPS = 4 / 255
+PGD_STEPS = (10, 50)
+APGD_EPS = (0.5 / 255, 4 / 255)
+APGD_STEPS = 10
+HAND = "hand-written loop"
+OURS_ALL = "robustbench-x, exhaustive"
+OURS_VERDICT = "robustbench-x, verdict"
+EXHAUSTIVE_AT_MOST = 1.05
+SOONER_AT_LEAST = {10: 3.0, 50: 10.0}
+
+
+@final
+class Plain(nn.Module):
+    """What a user of any library writes: normalise, network, classifier. Counts its passes."""
+
+    def __init__(self, encoder: Encoder, head: FittedHead) -> None:
+        super().__init__()
+        self.encoder, self.head, self.meter = encoder, head, Meter()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(N, K)` of images in [0, 1]."""
+        net: Any = self.encoder.backbone
+        features = net.pooled((images - self.encoder.mean) / self.encoder.std)
+        return self.meter.count(self.head(features), len(images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A frozen encoder with its head, and what to attack."""
+
+    title: str
+    encoder: Encoder
+    head: FittedHead
+    images: Tensor
+    labels: Tensor
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The deployed victim, range checks included."""
+        logits: Tensor = self.head(self.encoder(images))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One victim, one budget, one number of steps."""
+
+    victim: Victim
+    threat: ThreatModel
+    steps: int
+
+    @property
+    def step_size(self) -> float:
+        """Everyone's: 2.5 * eps / steps (Madry et al. 2018)."""
+        return 2.5 * self.threat.eps / self.steps
+
+
+@dataclass
+class Run:
+    """A prepared attack: `craft()` is timed; `meter` counts, `batches` lists the images of every forward pass."""
+
+    craft: Callable[[], Tensor]
+    meter: Meter
+    batches: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A row: its label, how to prepare it, and the module it needs."""
+
+    name: str
+    prepare: Callable[[Task], Run]
+    module: str = "torch"
+    extra: str = ""
+
+
+@dataclass
+class Result:
+    """Best times over the rounds, and what was measured on the last one."""
+
+    name: str
+    missing: str = ""
+    seconds: float = math.inf
+    cpu_seconds: float = math.inf
+    robust_accuracy: float = math.nan
+    forwards: float = math.nan
+    backwards: float = math.nan
+    batches: list[int] = field(default_factory=list)
+
+
+def hand_written(task: Task) -> Run:
+    """The loop everyone writes first."""
+    model, images, labels = _plain(task), task.victim.images, task.victim.labels
+    eps, step = task.threat.eps, task.step_size
+
+    def craft() -> Tensor:
+        adversarial = (images + torch.empty_like(images).uniform_(-eps, eps)).clamp(0, 1)
+        for _ in range(task.steps):
+            adversarial.requires_grad_(True)
+            loss = F.cross_entropy(model(adversarial), labels)
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+            adversarial = adversarial.detach() + step * gradient.sign()
+            adversarial = (images + (adversarial - images).clamp(-eps, eps)).clamp(0, 1)
+        return adversarial
+
+    return Run(craft, model.meter)
+
+
+def torchattacks_pgd(task: Task) -> Run:
+    """torchattacks.PGD."""
+    import torchattacks
+
+    model = _plain(task)
+    attack = torchattacks.PGD(model, eps=task.threat.eps, alpha=task.step_size, steps=task.steps, random_start=True)
+    return Run(lambda: attack(task.victim.images, task.victim.labels), model.meter)
+
+
+def torchattacks_apgd(task: Task) -> Run:
+    """torchattacks.APGD on the cross-entropy, one restart."""
+    import torchattacks
+
+    model = _plain(task)
+    attack = torchattacks.APGD(model, norm="Linf", eps=task.threat.eps, steps=task.steps, n_restarts=1, loss="ce")
+    return Run(lambda: attack(task.victim.images, task.victim.labels), model.meter)
+
+
+def foolbox_pgd(task: Task) -> Run:
+    """foolbox's LinfPGD; its public call ends with one more forward."""
+    import foolbox
+
+    model, images, labels = _plain(task), task.victim.images, task.victim.labels
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=task.step_size, steps=task.steps, random_start=True)
+    return Run(lambda: attack(wrapped, images, labels, epsilons=task.threat.eps)[1], model.meter)
+
+
+def art_pgd(task: Task) -> Run:
+    """ART's PGD; its `generate` ends with two more forwards, for a log line."""
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    model, images, labels = _plain(task), task.victim.images, task.victim.labels
+    classifier = PyTorchClassifier(
+        model=model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(images.shape[1:]),
+        nb_classes=task.victim.head.num_classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if images.is_cuda else "cpu",
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        classifier,
+        norm=np.inf,
+        eps=task.threat.eps,
+        eps_step=task.step_size,
+        max_iter=task.steps,
+        num_random_init=1,
+        batch_size=len(images),
+        verbose=False,
+    )
+    pixels, classes = images.cpu().numpy(), labels.cpu().numpy()
+    return Run(lambda: torch.from_numpy(attack.generate(x=pixels, y=classes)).to(images.device), model.meter)
+
+
+def ours(make: Callable[[Task], Attack], *, exhaustive: bool) -> Callable[[Task], Run]:
+    """A native attack behind the view that an audit hands out."""
+
+    def prepare(task: Task) -> Run:
+        victim, meter, batches = task.victim, Meter(), list[int]()
+
+        def logits(images: Tensor) -> Tensor:
+            batches.append(len(images))
+            return victim.logits(images)
+
+        def craft() -> Tensor:
+            view = WhiteboxView(
+                inputs=victim.images.clone(),
+                threat=task.threat,
+                random=SampleRandom(
+                    [derive_seed(SEED, i) for i in range(len(victim.images))], device=victim.images.device
+                ),
+                exhaustive=exhaustive,
+                labels=victim.labels.clone(),
+                model=ModelHandle(logits, meter),
+                num_classes=victim.head.num_classes,
+            )
+            return make(task).run(view)
+
+        return Run(craft, meter, batches)
+
+    return prepare
+
+
+def _pgd(task: Task) -> Attack:
+    return PGD(steps=task.steps, step_size=task.step_size)
+
+
+def _apgd(task: Task) -> Attack:
+    return APGDCE(steps=task.steps)
+
+
+PGD_ROWS = (
+    Contender(name=HAND, prepare=hand_written),
+    Contender(name="torchattacks.PGD", prepare=torchattacks_pgd, module="torchattacks", extra="torchattacks"),
+    Contender(name="foolbox LinfPGD", prepare=foolbox_pgd, module="foolbox", extra="bench"),
+    Contender(name="ART ProjectedGradientDescentPyTorch", prepare=art_pgd, module="art", extra="bench"),
+    Contender(name=OURS_ALL, prepare=ours(_pgd, exhaustive=True)),
+    Contender(name=OURS_VERDICT, prepare=ours(_pgd, exhaustive=False)),
+)
+APGD_ROWS = (
+    Contender(name="torchattacks.APGD", prepare=torchattacks_apgd, module="torchattacks", extra="torchattacks"),
+    Contender(name=OURS_ALL, prepare=ours(_apgd, exhaustive=True)),
+    Contender(name=OURS_VERDICT, prepare=ours(_apgd, exhaustive=False)),
+)
+
+
+def race(task: Task, contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> list[Result]:
+    """Every contender once per round, each round starting with another one."""
+    results = {c.name: Result(c.name) for c in contenders}
+    present = []
+    for contender in contenders:
+        if importlib.util.find_spec(contender.module) is None:
+            results[contender.name].missing = f"not installed: pip install 'robustbench-x[{contender.extra}]'"
+        else:
+            present.append(contender)
+    for index in range(rounds):
+        shift = index % len(present)
+        for contender in (*present[shift:], *present[:shift]):
+            say(f"{task.victim.title}, {task.steps} steps, round {index + 1} of {rounds}: {contender.name}")
+            _measure(task, contender, results[contender.name])
+    return list(results.values())
+
+
+def _measure(task: Task, contender: Contender, result: Result) -> None:
+    run = contender.prepare(task)
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)
+    _wait(task)
+    wall, cpu = time.perf_counter(), time.process_time()
+    candidates = run.craft()
+    _wait(task)
+    result.seconds = min(result.seconds, time.perf_counter() - wall)
+    result.cpu_seconds = min(result.cpu_seconds, time.process_time() - cpu)
+    count = len(task.victim.images)
+    result.forwards, result.backwards = run.meter.forwards / count, run.meter.backwards / count
+    result.batches = run.batches
+    result.robust_accuracy = _judge(task, candidates)
+
+
+def _wait(task: Task) -> None:
+    if task.victim.images.is_cuda:
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def _judge(task: Task, candidates: Tensor) -> float:
+    admitted = admit(candidates, task.victim.images, task.threat)
+    if broken := [error for error in admitted.errors if error]:
+        raise RuntimeError(f"{len(broken)} candidates cannot be judged: {broken[0]}")
+    right = task.victim.logits(admitted.images).argmax(dim=1) == task.victim.labels
+    return right.float().mean().item()
+
+
+def _plain(task: Task) -> Plain:
+    return Plain(task.victim.encoder, task.victim.head).eval().requires_grad_(False)
+
+
+def load_victims(count: int, device: torch.device) -> list[Victim]:
+    """EfficientNet-Lite0 on photographs and DINOv2-S on digits, `count` images of each at most."""
+    return [
+        _victim("packaged:efficientnet_lite0", "native", "packaged:photos", count, device),
+        _victim("packaged:dinov2_vits14?size=98", "linear", "packaged:digits", count, device),
+    ]
+
+
+def _victim(source: str, head_name: Literal["native", "linear"], data: str, count: int, device: torch.device) -> Victim:
+    registry = load_registry()
+    loaded = load_encoder(source, registry)
+    dataset = open_dataset(data, registry)
+    if loaded.classifier is not None:
+        loaded.classifier.to(device)
+    loaded.encoder.to(device)
+    head = build_head(
+        head_name, loaded=loaded, dataset=dataset, registry=registry, seed=SEED, device=device, batch_size=64
+    )
+    items = draw_subset(dataset.test, count, seed=SEED)
+    index = head.match(dataset.classes)[torch.tensor([item.label for item in items])]
+    images = torch.stack([loaded.encoder.preprocessing(item.load()) for item in items])
+    side = loaded.encoder.input_size[0]
+    return Victim(
+        title=f"{source.partition('?')[0]} at {side} px, {head_name} head, {len(items)} of {data}",
+        encoder=loaded.encoder,
+        head=head,
+        images=images.to(device),
+        labels=index.to(device),
+    )
+
+
+def _render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> list[str]:
+    """Prints a table and returns it as Markdown."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _rows(results: Sequence[Result], reference: Result) -> list[list[str]]:
+    rows = []
+    for r in results:
+        if r.missing:
+            rows.append([r.name, r.missing, *[""] * 6])
+            continue
+        rows.append(
+            [
+                r.name,
+                f"{r.seconds:.2f}",
+                f"{r.seconds / reference.seconds:.2f}",
+                f"{r.cpu_seconds:.2f}",
+                f"{r.cpu_seconds / reference.cpu_seconds:.2f}",
+                f"{r.robust_accuracy:.2f}",
+                f"{r.forwards:.2f}",
+                f"{r.backwards:.2f}",
+            ]
+        )
+    return rows
+
+
+def _columns(reference: str) -> list[str]:
+    return [
+        "implementation",
+        "seconds",
+        f"x {reference}",
+        "CPU seconds",
+        f"x {reference} (CPU)",
+        "robust accuracy",
+        "forwards per image",
+        "backwards per image",
+    ]
+
+
+def _targets(steps: int, results: Sequence[Result]) -> list[str]:
+    """One sentence per target, wall clock first and processor time in brackets."""
+    by_name = {r.name: r for r in results if not r.missing}
+    hand, full, verdict = by_name[HAND], by_name[OURS_ALL], by_name[OURS_VERDICT]
+    others = [r for r in by_name.values() if r.name not in (OURS_ALL, OURS_VERDICT)]
+    ratio, cpu_ratio = full.seconds / hand.seconds, full.cpu_seconds / hand.cpu_seconds
+    fastest = min(others, key=lambda r: r.seconds)
+    sooner = fastest.seconds / verdict.seconds
+    cpu_sooner = min(r.cpu_seconds for r in others) / verdict.cpu_seconds
+    lowest = min(r.robust_accuracy for r in others)
+    wanted = SOONER_AT_LEAST[steps]
+    batches = ", ".join(map(str, verdict.batches))
+    return [
+        f"- Exhaustive: {ratio:.2f}x the hand-written loop (CPU {cpu_ratio:.2f}x); target at most "
+        f"{EXHAUSTIVE_AT_MOST}x: {_held(ratio <= EXHAUSTIVE_AT_MOST)} "
+        f"(CPU {_held(cpu_ratio <= EXHAUSTIVE_AT_MOST)}).",
+        f"- Verdict: {sooner:.1f}x sooner than the fastest other, {fastest.name} (CPU {cpu_sooner:.1f}x); target "
+        f"at least {wanted:g}x: {_held(sooner >= wanted)} (CPU {_held(cpu_sooner >= wanted)}).",
+        f"- Robust accuracy {verdict.robust_accuracy:.2f} against the others' lowest {lowest:.2f}: "
+        f"{_held(verdict.robust_accuracy <= lowest)}.",
+        f"- Images in the batch at each forward pass of the verdict mode: {batches}.",
+        "",
+    ]
+
+
+def _held(good: bool) -> str:
+    return "held" if good else "MISSED"
+
+
+def _setting(args: argparse.Namespace, command: str) -> list[str]:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine() + " CPU"
+    packages = ["torch", "timm", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "robustbench-x"]
+    return [
+        f"- Command: `{command}`, {date.today().isoformat()}",
+        f"- Device: {device}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads; load at the start "
+        f"{os.getloadavg()[0]:.1f}",
+        f"- Versions: Python {platform.python_version()}, "
+        + ", ".join(f"{name} {_version(name)}" for name in packages),
+        f"- Seed {SEED}, linf, one batch, float32; seconds are the best of the rounds named in each title",
+        "",
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Runs both tables and writes the page."""
+    parser = argparse.ArgumentParser(description="PGD and APGD beside the peer libraries.")
+    parser.add_argument("--images", type=int, default=20, help="images per victim (default 20)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds at 10 steps; fewer at 50, in proportion")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; 1 is the least noisy when shared")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/pgd.md"))
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")  # the peers' deprecations
+    console, device = Console(width=170), torch.device(args.device)
+    command = f"python benchmarks/pgd.py --images {args.images} --repeats {args.repeats}"
+    command += f" --threads {args.threads}" if args.threads else ""
+    command += f" --device {args.device}" if args.device != "cpu" else ""
+    page = ["# PGD beside the peer libraries", "", *_setting(args, command)]
+    victims = load_victims(args.images, device)
+
+    def say(message: str) -> None:
+        console.print(f"[dim]{message}[/dim]", highlight=False)
+
+    page += ["## PGD", ""]
+    for victim in victims:
+        for steps in PGD_STEPS:
+            rounds = max(1, round(args.repeats * PGD_STEPS[0] / steps))
+            task = Task(victim=victim, threat=ThreatModel(eps=PGD_EPS), steps=steps)
+            results = race(task, PGD_ROWS, rounds, say)
+            title = f"{victim.title}: PGD, eps {format_eps(PGD_EPS)}, {steps} steps, best of {rounds}"
+            page += _render(title, _columns("hand-written"), _rows(results, results[0]), console)
+            targets = _targets(steps, results)
+            console.print("\n".join(targets), highlight=False)
+            page += targets
+    page += ["## APGD on the cross-entropy, one restart", ""]
+    for victim in victims:
+        for eps in APGD_EPS:
+            task = Task(victim=victim, threat=ThreatModel(eps=eps), steps=APGD_STEPS)
+            results = race(task, APGD_ROWS, 1, say)
+            title = f"{victim.title}: APGD, eps {format_eps(eps)}, {APGD_STEPS} steps, one round"
+            reference = next(r for r in (*results, results[-1]) if not r.missing)
+            page += _render(title, _columns(reference.name), _rows(results, reference), console)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
+    console.print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

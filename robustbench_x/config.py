@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from robustbench_x.errors import ConfigError
 from robustbench_x.numbers import format_eps, parse_number
 from robustbench_x.threat import Norm, Placement, ThreatModel
-from robustbench_x.toml import describe_problem, dump_toml, parse_toml, read_toml
+from robustbench_x.toml import dump_toml, first_problem, parse_toml, read_toml
 
 __all__ = [
     "AttackConfig",
@@ -28,17 +28,26 @@ __all__ = [
 
 def _number(value: Any) -> Any:
     try:
-        return parse_number(value) if isinstance(value, str) else value
+        return parse_number(value) if isinstance(value, (str, int, float)) else value
     except ConfigError as error:
         raise ValueError(str(error)) from None
+
+
+def _not_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (str, int, float)) else value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
-"""A float that may be written as a fraction: `"8/255"`."""
+Number = Annotated[float, BeforeValidator(_number), BeforeValidator(_not_boolean)]
+"""A finite float that may be written as a fraction: `"8/255"`."""
+Count = Annotated[int, Field(gt=0), BeforeValidator(_not_boolean)]
+RESERVED = ("none", "noise", "worst_case")
+"""Titles with a meaning of their own: the undefended control, the noise control, the worst case over attacks."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -52,7 +61,7 @@ class TargetConfig(_Frozen):
     encoder: Names
     head: Names = ("linear",)
     data: Names
-    samples: Annotated[int, Field(gt=0)] | None = None
+    samples: Count | None = None
 
 
 class _Plugin(_Frozen):
@@ -97,16 +106,16 @@ class AuditConfig(_Frozen):
     norm: Norm = "linf"
     eps: Annotated[tuple[Number, ...], BeforeValidator(_listed), Field(min_length=1)] = (4 / 255,)
     placement: Placement = "bottom-right"
-    samples: Annotated[int, Field(gt=0)] | None = None
+    samples: Count | None = None
     surrogate: str | None = None
-    surrogate_samples: Annotated[int, Field(gt=0)] = 256
+    surrogate_samples: Count = 256
     mode: Literal["verdict", "exhaustive"] = "verdict"
-    query_cap: Annotated[int, Field(gt=0)] | None = None
-    judge_draws: Annotated[int, Field(gt=0)] = 20
-    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    query_cap: Count | None = None
+    judge_draws: Count = 20
+    batch_size: Count | Literal["auto"] = "auto"
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
+    seed: Annotated[int, BeforeValidator(_not_boolean)] = 0
     shard: str | None = None
     allow_pickle: bool = False
 
@@ -126,6 +135,11 @@ class AuditConfig(_Frozen):
     @classmethod
     def _titles_differ(cls, value: tuple[_Plugin, ...]) -> tuple[_Plugin, ...]:
         titles = [entry.title for entry in value]
+        for entry in value:
+            if entry.label in RESERVED:
+                raise ValueError(f"label '{entry.label}' means something else in a report; choose another")
+            if entry.label and entry.name in RESERVED:
+                raise ValueError(f"{entry.name} is looked up by its name, so it takes no label")
         for title in titles:
             if titles.count(title) > 1:
                 raise ValueError(f"'{title}' is listed twice; give each its own label")
@@ -148,7 +162,8 @@ class AuditConfig(_Frozen):
     def replay(self) -> dict[str, Any]:
         """The configuration as plain values that load back to the same audit."""
         values = self.model_dump(mode="json", exclude_none=True)
-        values["eps"] = [format_eps(eps) if "/" in format_eps(eps) else eps for eps in self.eps]
+        short = [format_eps(eps) for eps in self.eps]
+        values["eps"] = [t if parse_number(t) == eps else eps for t, eps in zip(short, self.eps, strict=True)]
         return values
 
     def to_toml(self) -> str:
@@ -194,10 +209,14 @@ def parse_params(assignments: Sequence[str], names: Sequence[str]) -> dict[str, 
     return found
 
 
-def with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig:
+def _with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig:
     """`config` with `attack.param=value` assignments applied to its attacks and defences."""
     titles = [entry.title for entry in (*config.attack, *config.defense)]
     params = parse_params(assignments, titles)
+    for owner, given in params.items():
+        for key in given:
+            if key in ("name", "label", ""):
+                raise ConfigError(f"-p {owner}.{key}: {owner} has no parameter '{key}'")
     values = config.model_dump(mode="python")
     for kind in ("attack", "defense"):
         values[kind] = [{**entry, **params.get(entry["label"] or entry["name"], {})} for entry in values[kind]]
@@ -211,7 +230,7 @@ def _value(text: str) -> Any:
         parsed: Mapping[str, Any] = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    return parsed["value"]
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def override(
@@ -229,7 +248,7 @@ def override(
     """`base` with command-line flags on top.
 
     On a file, `encoder`, `head` and `data` replace those of every target, and an attack or defence that the
-    file lists keeps the file's parameters. On the embedded default, naming any of the three starts a new
+    file lists keeps the file's parameters. The defence `none` stands for no defence at all. On the embedded default, naming any of the three starts a new
     audit: one target, no defence, and the default attacks at their own full settings rather than the quick ones.
 
     Raises:
@@ -260,9 +279,14 @@ def override(
             }
     for kind, names in (("attack", attack), ("defense", defense)):
         if names:
-            values[kind] = [listed[kind].get(name, {"name": name}) for name in names]
+            named = [name for name in names if (kind, name) != ("defense", "none")]
+            values[kind] = [listed[kind].get(name, {"name": name}) for name in named]
     try:
         config = AuditConfig.model_validate({**values, **(settings or {})})
-        return with_params(config, params) if params else config
+        return _with_params(config, params) if params else config
     except pydantic.ValidationError as error:
-        raise ConfigError(describe_problem(error.errors()[0], AuditConfig)) from error
+        problem = first_problem(error, AuditConfig)
+        flag = str(problem.key[0]) if problem.key else ""
+        if flag in (settings or {}):
+            raise ConfigError(f"--{flag.replace('_', '-')}: {problem.message}") from error
+        raise ConfigError(str(problem)) from error

@@ -66,6 +66,24 @@ FINDINGS: dict[str, FindingKind] = {
         advice="Read the message: what breaks the check most likely breaks the attacks too.",
         source="ours",
     ),
+    "misleading_gradient": FindingKind(
+        level="error",
+        title="the gradient does not predict how the output changes",
+        advice="It is shattered or forged; judge this victim by bpda, transfer and query attacks.",
+        source="Athalye et al. 2018 (shattered gradients); the finite-difference test is ours",
+    ),
+    "saturated_loss": FindingKind(
+        level="warning",
+        title="the cross-entropy has a gradient of exactly zero",
+        advice="The logits are too large for it: attack with loss=margin or dlr, or with apgd_t.",
+        source="Carlini & Wagner 2017 (defensive distillation); Pintor et al. 2022",
+    ),
+    "batch_dependence": FindingKind(
+        level="error",
+        title="the answer to an image depends on the others of its batch",
+        advice="Judge images alone: fix the defence or model (batch statistics?), or no verdict here can be repeated.",
+        source="ours",
+    ),
     "undeclared_randomness": FindingKind(
         level="error",
         title="the victim answers differently to the same images",
@@ -80,8 +98,8 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     "idle_attack": FindingKind(
         level="error",
-        title="the attack returned clean images for everything it did not break",
-        advice="It did not attack those samples with what it spent; raise its steps or look for a swallowed error.",
+        title="the attack hardly touched most of the images it did not break",
+        advice="It did not attack those samples; raise its steps or step size, or look for a swallowed error.",
         source="Pintor et al. 2022, indicator 3",
     ),
     "weaker_than_noise": FindingKind(
@@ -89,6 +107,12 @@ FINDINGS: dict[str, FindingKind] = {
         title="noise of the same size does more damage",
         advice="The attack is broken or its gradient is masked; its robust accuracy is no evidence.",
         source="Carlini et al. 2019",
+    ),
+    "no_better_than_noise": FindingKind(
+        level="error",
+        title="the samples that resist are no nearer to the boundary than after noise",
+        advice="The attack walks in no useful direction: its gradient is masked, saturated or of the wrong sign.",
+        source="ours; Carlini et al. 2019 compare success rates only",
     ),
     "noise_breaks_others": FindingKind(
         level="warning",
@@ -107,6 +131,30 @@ FINDINGS: dict[str, FindingKind] = {
         title="clean accuracy is not above chance",
         advice="The head has learned nothing here; an attack success rate on it says little.",
         source="ours",
+    ),
+    "constant_prediction": FindingKind(
+        level="error",
+        title="the victim gives every clean image the same class",
+        advice="A constant cannot be fooled and is worth nothing: check the head, the defence and the preprocessing.",
+        source="ours",
+    ),
+    "only_controls": FindingKind(
+        level="error",
+        title="nothing but controls attacked",
+        advice="Add an attack: noise is no evidence of robustness.",
+        source="ours",
+    ),
+    "zero_budget": FindingKind(
+        level="error",
+        title="the budget allows no change",
+        advice="Raise eps: what is reported as robust accuracy is the clean accuracy.",
+        source="ours",
+    ),
+    "no_adaptive_attack": FindingKind(
+        level="warning",
+        title="no attack knew the defence",
+        advice="Allow knowledge bpda or full, or a query attack: images made without it say little about a defence.",
+        source="Carlini et al. 2019; Tramer et al. 2020",
     ),
     "eight_bit_loss": FindingKind(
         level="note",

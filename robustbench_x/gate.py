@@ -1,122 +1,29 @@
-"""Gates: a policy against a stored result. A gate passes only when the whole interval clears its threshold."""
+"""Gates: a policy against a stored result, and what a run comes to.
+
+A gate passes only when the whole interval clears its threshold, fails when the whole interval violates it, and
+is inconclusive in between. Where a sample ended in an error nothing passes.
+"""
 
 import fnmatch
+import math
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import pydantic
-from pydantic import ConfigDict, Field
-
-from robustbench_x.config import Number
-from robustbench_x.errors import ConfigError, NothingEvaluatedError, near_matches
-from robustbench_x.metrics import METRICS
-from robustbench_x.pairing import EVENTS, Rows, discordant, rows_by_cell
+from robustbench_x.errors import ConfigError, NothingEvaluatedError, UsageError, near_matches
+from robustbench_x.numbers import format_eps
+from robustbench_x.pairing import Rows, discordant, rows_by_cell
 from robustbench_x.plan import Cell
-from robustbench_x.result import CellResult, Decision, GateVerdict, Level, Measure, Report, WorstCase
+from robustbench_x.policy import WORST_CASE, BaselineRule, GateRule, Policy
+from robustbench_x.result import CellResult, Decision, GateVerdict, Level, Measure, Report, WorstCase, read_report
 from robustbench_x.stats import paired_difference, samples_to_decide
-from robustbench_x.toml import read_toml
 
-__all__ = ["Policy", "check_policy", "decide", "judge_gates", "load_policy"]
+__all__ = ["check_baseline", "check_policy", "decide", "judge_gates"]
 
 _PATTERNS = ("encoder", "head", "data", "defense", "knowledge")
-_WORST = "worst_case"
-_WORST_METRICS = ("asr", "robust_accuracy")
-
-
-class _Frozen(pydantic.BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GateRule(_Frozen):
-    """One threshold on one metric, on every cell its patterns (fnmatch) select; the noise control is left out
-    unless `attack` names it."""
-
-    metric: str
-    max: Number | None = None
-    min: Number | None = None
-    attack: str = "*"
-    encoder: str = "*"
-    head: str = "*"
-    data: str = "*"
-    defense: str = "*"
-    knowledge: str = "*"
-    eps: Number | None = None
-
-    @pydantic.field_validator("metric")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in METRICS:
-            near = near_matches(value, METRICS)
-            raise ValueError(
-                f"unknown metric '{value}'; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(METRICS)}")
-            )
-        return value
-
-    @pydantic.model_validator(mode="after")
-    def _one_bound(self) -> "GateRule":
-        if (self.max is None) == (self.min is None):
-            raise ValueError("a gate has either max or min")
-        if self.attack == _WORST and self.metric not in _WORST_METRICS:
-            raise ValueError(f"worst_case has {' and '.join(_WORST_METRICS)}, not {self.metric}")
-        return self
-
-    @property
-    def title(self) -> str:
-        """The rule as people read it."""
-        return f"{self.metric} {self.bound}"
-
-    @property
-    def bound(self) -> str:
-        """The threshold as people read it."""
-        return f"<= {self.max:g}" if self.max is not None else f">= {self.min:g}"
-
-
-class BaselineRule(_Frozen):
-    """How much a rate may rise or fall against `--baseline`, on the same samples."""
-
-    max_increase: dict[str, Number] = {}
-    max_decrease: dict[str, Number] = {}
-
-    @pydantic.field_validator("max_increase", "max_decrease")
-    @classmethod
-    def _paired(cls, value: dict[str, float]) -> dict[str, float]:
-        for name in value:
-            if name not in EVENTS:
-                raise ValueError(f"'{name}' cannot be compared sample by sample; choose from {', '.join(EVENTS)}")
-        return value
-
-
-class ReliabilityRule(_Frozen):
-    """Levels of findings that make the evaluation unreliable."""
-
-    fail_on: tuple[Level, ...] = ("error",)
-
-
-class Policy(_Frozen):
-    """A gate policy. `inconclusive` says what an interval that straddles its threshold counts as (`point`: ignore
-    the interval)."""
-
-    inconclusive: Literal["fail", "pass", "point"] = "fail"
-    gate: tuple[GateRule, ...] = ()
-    baseline: BaselineRule | None = None
-    reliability: Annotated[ReliabilityRule, Field(default_factory=ReliabilityRule)]
-
-    @pydantic.model_validator(mode="after")
-    def _something_to_judge(self) -> "Policy":
-        if not self.gate and self.baseline is None:
-            raise ValueError("the policy holds no gate; add [[gate]] or [baseline]")
-        return self
-
-
-def load_policy(path: Path) -> Policy:
-    """The policy in a TOML file.
-
-    Raises:
-        ConfigError: Malformed, unknown metric, contradiction; names file, line and key.
-    """
-    return read_toml(path, Policy)
+Kind = Literal["pass", "fail", "inconclusive", "error"]
+Inconclusive = Literal["fail", "pass", "point"]
 
 
 def judge_gates(
@@ -133,26 +40,33 @@ def judge_gates(
     Raises:
         ConfigError: A gate selects no cell, or a baseline rule has no baseline.
         NothingEvaluatedError: The report holds no cell.
+        RunError: The baseline is damaged, or evaluated other samples or pixels.
     """
     if not report.cells:
         raise NothingEvaluatedError("the run holds no cell, so there is nothing to judge")
+    controls = {cell.attack for cell in report.cells if cell.control}
     verdicts: list[GateVerdict] = []
     for number, rule in enumerate(policy.gate, start=1):
-        entries = _select(rule, report)
-        if not entries:
-            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, report.cells)}")
-        verdicts += [_judge(rule, label, measured, n, errors) for label, measured, n, errors in entries]
+        seen = _select(rule, report)
+        if not seen:
+            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, report.cells, controls)}")
+        verdicts += [_judge(rule, s, policy.inconclusive) for s in seen]
     if policy.baseline is not None:
         if baseline is None or run is None:
-            raise ConfigError("the policy has a [baseline]; name the run to compare with: --baseline RUN")
-        verdicts += _judge_baseline(policy.baseline, report, run, baseline)
-    return tuple(_resolve(v, policy.inconclusive) for v in verdicts)
+            raise ConfigError(_NO_BASELINE)
+        check_baseline(baseline)
+        verdicts += _judge_baseline(policy.baseline, report, run, baseline, policy.inconclusive)
+    return tuple(verdicts)
 
 
 def decide(
     report: Report, verdicts: Sequence[GateVerdict] | None, *, fail_on: Sequence[Level], strict: bool = False
 ) -> Decision:
     """The exit code of a finished run and the sentence that says the same.
+
+    The first that holds decides: 5 nothing was evaluated; 3 the run is incomplete, or a sample ended in an error;
+    1 a gate did not pass; 4 the evaluation is unreliable; 0 otherwise, and `yes` only when gates were judged.
+    (2 is for what cannot run at all, and never gets here.)
 
     Args:
         report: The result.
@@ -163,29 +77,24 @@ def decide(
     levels = {*(fail_on if verdicts is not None else ()), *(("error",) if strict else ())}
     doubts = [f for f in report.findings if f.level in levels]
     errors = sum(cell.n_errors for cell in report.cells)
-    judged = sum(cell.n - cell.n_errors for cell in report.cells)
+    total = sum(cell.n for cell in report.cells)
+    if total == 0:
+        return Decision(exit_code=5, answer="unknown", reason="nothing was evaluated")
     if report.status == "incomplete":
         return Decision(exit_code=3, answer="unknown", reason="the run is incomplete")
-    if not judged:
-        return Decision(exit_code=3 if errors else 5, answer="unknown", reason="no sample could be judged")
-    if errors:
-        total = errors + judged
+    if errors or report.status != "complete":
         return Decision(exit_code=3, answer="unknown", reason=f"{errors} of {total} judgements ended in an error")
     failed = [v for v in verdicts or () if v.verdict != "pass"]
     if failed:
-        first = failed[0]
-        return Decision(
-            exit_code=1,
-            answer="no",
-            reason=f"{len(failed)} of {len(verdicts or ())} gates failed, first: {first.message}",
-        )
+        reason = f"{len(failed)} of {_gates(verdicts)} failed, first {failed[0].message} ({failed[0].cell})"
+        return Decision(exit_code=1, answer="no", reason=reason)
     if doubts:
-        first_doubt = doubts[0]
-        reason = f"the evaluation is unreliable: {len(doubts)} findings, first {first_doubt.id}: {first_doubt.message}"
-        return Decision(exit_code=4, answer="unknown", reason=reason)
-    if verdicts is not None:
-        return Decision(exit_code=0, answer="yes", reason=f"all {len(verdicts)} gates held")
-    return Decision(exit_code=0, answer="unjudged", reason="no gate policy was given")
+        doubt = f"{doubts[0].id}: {doubts[0].message} ({doubts[0].cell or 'the whole run'})"
+        many = f"{len(doubts)} findings, first " if len(doubts) > 1 else ""
+        return Decision(exit_code=4, answer="unknown", reason=f"the evaluation is unreliable: {many}{doubt}")
+    if verdicts:
+        return Decision(exit_code=0, answer="yes", reason=f"all of {_gates(verdicts)} held")
+    return Decision(exit_code=0, answer="unjudged", reason="no gate policy was given, so nothing was held to a limit")
 
 
 def check_policy(policy: Policy, cells: Sequence[Cell], *, controls: Set[str], has_baseline: bool) -> None:
@@ -195,166 +104,205 @@ def check_policy(policy: Policy, cells: Sequence[Cell], *, controls: Set[str], h
         ConfigError: A gate selects no cell, or a [baseline] has no run to compare with.
     """
     if policy.baseline is not None and not has_baseline:
-        raise ConfigError("the policy has a [baseline]; name the run to compare with: --baseline RUN")
+        raise ConfigError(_NO_BASELINE)
     for number, rule in enumerate(policy.gate, start=1):
         if not any(_fits(rule, c) and _aims(rule, c.attack, control=c.attack in controls) for c in cells):
-            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, cells)}")
+            raise ConfigError(f"gate {number} ({rule.title}): {_why_nothing(rule, cells, controls)}")
 
 
-def _select(rule: GateRule, report: Report) -> list[tuple[str, Measure, int, int]]:
-    """(label, measured, denominator, errors) of everything the rule selects."""
-    if rule.attack == _WORST:
-        return [
-            (_label(w), w.asr if rule.metric == "asr" else w.robust_accuracy, _denominator(rule.metric, w), w.n_errors)
-            for w in report.worst_case
-            if _fits(rule, w)
-        ]
-    return [
-        (cell.id, cell.metrics[rule.metric], _denominator(rule.metric, cell), cell.n_errors)
-        for cell in report.cells
-        if _fits(rule, cell) and _aims(rule, cell.attack, control=cell.control) and rule.metric in cell.metrics
-    ]
+def check_baseline(baseline: Path) -> None:
+    """Refuses a baseline that is no finished run, before anything is judged by it.
+
+    Raises:
+        UsageError: There is no run.
+        RunError: It is unfinished or damaged.
+    """
+    if not baseline.exists():
+        raise UsageError(f"--baseline {baseline}: there is no such run")
+    read_report(baseline)
+
+
+_NO_BASELINE = "the policy has a [baseline]; name the run to compare with: --baseline RUN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What a rule looks at: a cell or a worst case."""
+
+    label: str
+    measured: Measure
+    n: int
+    errors: int
+
+
+def _select(rule: GateRule, report: Report) -> list[_Seen]:
+    entries: Sequence[CellResult | WorstCase] = report.worst_case if rule.attack == WORST_CASE else report.cells
+    seen = []
+    for entry in entries:
+        if not _fits(rule, entry):
+            continue
+        if isinstance(entry, WorstCase):
+            label, measured = _label(entry), entry.asr if rule.metric == "asr" else entry.robust_accuracy
+        elif _aims(rule, entry.attack, control=entry.control):
+            # A metric that a cell lacks was not measured, and a gate on it cannot pass.
+            label, measured = entry.id, entry.metrics.get(rule.metric, Measure(value=None))
+        else:
+            continue
+        n = entry.n_clean_correct if rule.metric in ("asr", "asr_8bit") else entry.n
+        seen.append(_Seen(label=label, measured=measured, n=n, errors=entry.n_errors))
+    return seen
 
 
 def _aims(rule: GateRule, attack: str, *, control: bool) -> bool:
     """Whether a rule is about this attack; a control is meant only where it is named."""
-    if rule.attack == _WORST:
+    if rule.attack == WORST_CASE:
         return True
-    return fnmatch.fnmatchcase(attack, rule.attack) and (not control or rule.attack == attack)
+    return rule.attack == attack or (not control and fnmatch.fnmatchcase(attack, rule.attack))
 
 
 def _fits(rule: GateRule, entry: CellResult | WorstCase | Cell) -> bool:
-    if rule.eps is not None and abs(entry.threat.eps - rule.eps) > 1e-9:
+    if rule.eps is not None and not _same_eps(entry.threat.eps, rule.eps):
         return False
-    return all(
-        fnmatch.fnmatchcase(getattr(entry, name), getattr(rule, name))
-        for name in _PATTERNS
-        if not (name == "knowledge" and isinstance(entry, WorstCase))
-    )
+    names = [name for name in _PATTERNS if not (name == "knowledge" and isinstance(entry, WorstCase))]
+    return all(_matches(getattr(entry, name), getattr(rule, name)) for name in names)
+
+
+def _matches(value: str, pattern: str) -> bool:
+    # The name itself first: `pgd[50]` as a pattern would not match `pgd[50]`.
+    return value == pattern or fnmatch.fnmatchcase(value, pattern)
+
+
+def _same_eps(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-9
 
 
 def _label(worst: WorstCase) -> str:
-    threat = f"{worst.threat.norm} eps={worst.threat.eps:.4g}"
-    return f"{worst.encoder} | {worst.head} | {worst.data} | {worst.defense} | {_WORST} | {threat}"
+    threat = f"{worst.threat.norm} {format_eps(worst.threat.eps)}"
+    return f"{worst.encoder} | {worst.head} | {worst.data} | {worst.defense} | {WORST_CASE} | {threat}"
 
 
-def _denominator(metric: str, entry: CellResult | WorstCase) -> int:
-    return entry.n_clean_correct if metric in ("asr", "asr_8bit") else entry.n
-
-
-def _why_nothing(rule: GateRule, cells: Sequence[CellResult | Cell]) -> str:
+def _why_nothing(rule: GateRule, cells: Sequence[CellResult | Cell], controls: Set[str]) -> str:
     """Which pattern selects nothing, with near matches."""
     names: dict[str, set[str]] = {name: {getattr(cell, name) for cell in cells} for name in _PATTERNS}
-    names["attack"] = {cell.attack for cell in cells} | {_WORST}
+    names["attack"] = {cell.attack for cell in cells} | {WORST_CASE}
     for name, known in names.items():
         pattern = getattr(rule, name)
-        if not any(fnmatch.fnmatchcase(value, pattern) for value in known):
+        if not any(_matches(value, pattern) for value in known):
             near = near_matches(pattern, known)
             hint = f"did you mean {near[0]}?" if near else f"the run has {', '.join(sorted(known))}"
             return f"no cell has {name} = '{pattern}'; {hint}"
+    budgets = sorted({cell.threat.eps for cell in cells})
+    if rule.eps is not None and not any(_same_eps(eps, rule.eps) for eps in budgets):
+        return f"no cell has eps = {format_eps(rule.eps)}; the run has {', '.join(map(format_eps, budgets))}"
+    aimed = {cell.attack for cell in cells if _matches(cell.attack, rule.attack)}
+    if aimed and aimed <= controls:
+        return f"attack = '{rule.attack}' selects controls only, and a control is judged where its whole name is given"
     return "no cell matches all of its patterns together"
 
 
-def _judge(rule: GateRule, label: str, measured: Measure, n: int, errors: int) -> GateVerdict:
-    def verdict(kind: Literal["pass", "fail", "inconclusive", "error"], why: str) -> GateVerdict:
-        return GateVerdict(
-            gate=rule.title,
-            metric=rule.metric,
-            bound=rule.bound,
-            cell=label,
-            verdict=kind,
-            value=measured.value,
-            low=measured.low,
-            high=measured.high,
-            message=f"{label}: {why}",
-        )
-
-    if measured.value is None:
-        return verdict("error", f"{rule.metric} was not measured")
-    if errors:
-        return verdict("error", f"{errors} samples ended in an error, so {rule.title} cannot be judged")
-    shown = f"{rule.metric} {_shown(measured)}"
-    threshold = rule.max if rule.max is not None else rule.min
-    assert threshold is not None
-    low = measured.value if measured.low is None else measured.low
-    high = measured.value if measured.high is None else measured.high
-    if rule.min is not None:
-        clears, violates = low >= threshold, high < threshold
+def _judge(rule: GateRule, seen: _Seen, inconclusive: Inconclusive) -> GateVerdict:
+    measured = seen.measured
+    value, low, high = measured.value, measured.low, measured.high
+    if value is None or not math.isfinite(value):
+        kind: Kind = "error"
+        text = f"{rule.metric} was not measured"
+    elif seen.errors:
+        kind, text = "error", f"{seen.errors} of the samples ended in an error, so {rule.title} cannot be judged"
     else:
-        clears, violates = high <= threshold, low > threshold
-    if clears:
-        return verdict("pass", f"{shown} {rule.bound}")
-    if violates:
-        return verdict("fail", f"{shown} violates {rule.bound}")
-    needed = samples_to_decide(round(measured.value * n), n, threshold)
-    hint = f"about {needed} samples would decide" if needed else "no number of samples would decide at this rate"
-    return verdict("inconclusive", f"{shown} straddles {rule.bound}; {hint}")
-
-
-def _resolve(verdict: GateVerdict, inconclusive: str) -> GateVerdict:
-    """What an inconclusive verdict counts as under the policy; the message keeps saying what was seen."""
-    if verdict.verdict != "inconclusive" or inconclusive == "fail":
-        return verdict
-    if inconclusive == "pass":
-        return verdict.model_copy(update={"verdict": "pass", "message": f"{verdict.message} (counts as passed)"})
-    assert verdict.value is not None
-    threshold = float(verdict.bound.split()[1])
-    held = verdict.value <= threshold if verdict.bound.startswith("<=") else verdict.value >= threshold
-    return verdict.model_copy(
-        update={"verdict": "pass" if held else "fail", "message": f"{verdict.message} (judged by the point)"}
+        ends = (value if low is None else low, value, value if high is None else high)
+        kind, text = _hold(ends, rule.threshold, at_most=rule.max is not None)
+        text = f"{rule.metric} {_shown(measured)} {text} {rule.bound}"
+        if kind == "inconclusive":
+            needed = samples_to_decide(round(value * seen.n), seen.n, rule.threshold)
+            text += f"; about {needed} samples would decide" if needed else "; no number of samples would decide"
+            kind, text = _resolve(text, inconclusive, held=_held(value, rule.threshold, at_most=rule.max is not None))
+    return GateVerdict(
+        gate=rule.title,
+        metric=rule.metric,
+        bound=rule.bound,
+        cell=seen.label,
+        verdict=kind,
+        value=value,
+        low=low,
+        high=high,
+        message=text,
     )
 
 
-def _judge_baseline(rule: BaselineRule, report: Report, run: Path, baseline: Path) -> list[GateVerdict]:
+def _held(value: float, threshold: float, *, at_most: bool) -> bool:
+    return value <= threshold if at_most else value >= threshold
+
+
+def _hold(ends: tuple[float, float, float], threshold: float, *, at_most: bool) -> tuple[Kind, str]:
+    """Whether an interval `(low, value, high)` clears a threshold, in a word and a verb."""
+    low, _, high = ends
+    held = [_held(end, threshold, at_most=at_most) for end in (low, high)]
+    if all(held):
+        return "pass", "holds"
+    return ("inconclusive", "straddles") if any(held) else ("fail", "violates")
+
+
+def _resolve(text: str, inconclusive: Inconclusive, *, held: bool) -> tuple[Kind, str]:
+    """What an inconclusive gate counts as under the policy; the message keeps saying what was seen."""
+    if inconclusive == "pass":
+        return "pass", f"{text} (counts as passed)"
+    if inconclusive == "point":
+        return ("pass" if held else "fail"), f"{text} (judged by the point)"
+    return "inconclusive", text
+
+
+def _judge_baseline(
+    rule: BaselineRule, report: Report, run: Path, baseline: Path, inconclusive: Inconclusive
+) -> list[GateVerdict]:
     mine, theirs = rows_by_cell(run), rows_by_cell(baseline)
-    verdicts = []
     limits = [(n, v, 1) for n, v in rule.max_increase.items()] + [(n, v, -1) for n, v in rule.max_decrease.items()]
-    for cell in report.cells:
-        if cell.id not in theirs or cell.control:
-            continue
-        for metric, limit, direction in limits:
-            verdicts.append(_judge_change(cell, metric, limit, direction, mine[cell.id], theirs[cell.id]))
+    verdicts = [
+        _judge_change(cell.id, metric, limit, sign, mine[cell.id], theirs[cell.id], inconclusive)
+        for cell in report.cells
+        if cell.id in theirs and not cell.control
+        for metric, limit, sign in limits
+    ]
     if not verdicts:
         raise ConfigError(f"--baseline {baseline}: it shares no cell with this run")
     return verdicts
 
 
-def _judge_change(cell: CellResult, metric: str, limit: float, direction: int, mine: Rows, theirs: Rows) -> GateVerdict:
-    pairs = discordant(metric, mine, theirs, cell.id)
-    n = pairs.pairs
-    change = paired_difference(pairs.only_theirs, pairs.only_mine, n)
-    word = "increase" if direction > 0 else "decrease"
-    bound = f"<= {limit:g}"
-    title = f"{metric} {word} {bound}"
+def _judge_change(
+    cell: str, metric: str, limit: float, sign: int, mine: Rows, theirs: Rows, inconclusive: Inconclusive
+) -> GateVerdict:
+    """The paired change of a rate, turned so that more is what the rule limits."""
+    pairs = discordant(metric, mine, theirs, cell)
+    rose, fell = (pairs.only_mine, pairs.only_theirs) if sign > 0 else (pairs.only_theirs, pairs.only_mine)
+    change = paired_difference(fell, rose, pairs.pairs)
+    errors = sum(row["error"] is not None for rows in (mine, theirs) for row in rows.values())
+    title = f"{metric} {'increase' if sign > 0 else 'decrease'}"
+    if errors:
+        kind: Kind = "error"
+        text = f"{errors} samples of this run or the baseline ended in an error, so {title} cannot be judged"
+    elif change.value is None or change.low is None or change.high is None:
+        kind, text = "error", f"{title} cannot be judged: no sample counts in both runs"
+    else:
+        kind, verb = _hold((change.low, change.value, change.high), limit, at_most=True)
+        interval = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+        text = f"{title} {interval} on {pairs.pairs} paired samples {verb} <= {limit:g}"
+        if kind == "inconclusive":
+            kind, text = _resolve(text, inconclusive, held=change.value <= limit)
+    return GateVerdict(
+        gate=f"{title} <= {limit:g}",
+        metric=metric,
+        bound=f"<= {limit:g}",
+        cell=cell,
+        verdict=kind,
+        value=change.value,
+        low=change.low,
+        high=change.high,
+        message=text,
+    )
 
-    def verdict(kind: Literal["pass", "fail", "inconclusive", "error"], why: str) -> GateVerdict:
-        low, high = (change.low, change.high) if direction > 0 else (_minus(change.high), _minus(change.low))
-        value = change.value if direction > 0 else _minus(change.value)
-        return GateVerdict(
-            gate=title,
-            metric=metric,
-            bound=bound,
-            cell=cell.id,
-            verdict=kind,
-            value=value,
-            low=low,
-            high=high,
-            message=f"{cell.id}: {why}",
-        )
 
-    if change.value is None or change.low is None or change.high is None:
-        return verdict("error", f"{metric} cannot be compared: no sample was judged in both runs")
-    low, high = (change.low, change.high) if direction > 0 else (-change.high, -change.low)
-    shown = f"{metric} {word} {direction * change.value:+.3f} [{low:+.3f}, {high:+.3f}] on {n} paired samples"
-    if high <= limit:
-        return verdict("pass", f"{shown} {bound}")
-    if low > limit:
-        return verdict("fail", f"{shown} violates {bound}")
-    return verdict("inconclusive", f"{shown} straddles {bound}")
-
-
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
+def _gates(verdicts: Sequence[GateVerdict] | None) -> str:
+    number = len(verdicts or ())
+    return f"{number} gate" if number == 1 else f"{number} gates"
 
 
 def _shown(measured: Measure) -> str:

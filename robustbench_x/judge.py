@@ -18,7 +18,7 @@ from robustbench_x.randomness import derive_seed
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import DefendedEncoder, fresh_draw
 
-__all__ = ["Admitted", "Measured", "Reading", "admit", "measure", "predict", "read_features"]
+__all__ = ["Admitted", "Measured", "Prediction", "Reading", "admit", "measure", "predict", "read_features"]
 
 UNJUDGED = -1
 """The prediction of a sample that could not be judged."""
@@ -42,6 +42,15 @@ class Reading:
     """Features of one batch on one defended encoder: `(draws, N, D)`, one draw unless the defence is random."""
 
     features: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Verdicts on one batch: classes `(N,)` (-1 where none), mean margin of the true logit `(N,)`, errors."""
+
+    classes: Tensor
+    margin: Tensor
+    errors: list[str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +97,8 @@ def read_features(images: Tensor, victim: DefendedEncoder, *, draws: int, seed: 
 
 
 @torch.no_grad()
-def predict(reading: Reading, head: FittedHead, labels: Tensor) -> tuple[Tensor, list[str | None]]:
-    """`(predictions (N,), errors)`: class indices, and what went wrong where none can be given.
+def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
+    """What the head makes of the features, and what went wrong where no class can be given.
 
     With several draws a sample counts as right only when more than half of its draws are; otherwise its most
     frequent wrong class is the prediction. A logit that is not finite in any draw is an error.
@@ -98,11 +107,15 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> tuple[Tensor,
     finite = logits.isfinite().all(dim=2).all(dim=0)
     votes = logits.argmax(dim=2)
     right = (votes == labels).float().mean(dim=0) > 0.5
-    counts = F.one_hot(votes.clamp(min=0), head.num_classes).sum(dim=0)
+    counts = F.one_hot(votes, head.num_classes).sum(dim=0)
     wrong_class = counts.scatter(1, labels[:, None], -1).argmax(dim=1)
-    predictions = torch.where(right, labels, wrong_class)
-    errors = [None if ok else "the victim returned NaN or infinite logits" for ok in finite.tolist()]
-    return predictions.masked_fill(~finite, UNJUDGED), errors
+    index = labels.expand(len(logits), -1).unsqueeze(2)
+    others = logits.scatter(2, index, -torch.inf).amax(dim=2)
+    return Prediction(
+        classes=torch.where(right, labels, wrong_class).masked_fill(~finite, UNJUDGED),
+        margin=(logits.gather(2, index).squeeze(2) - others).mean(dim=0),
+        errors=[None if ok else "the victim returned NaN or infinite logits" for ok in finite.tolist()],
+    )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def parse_number(value: str | float) -> float:
             number = float(match[1]) / float(match[2])
         else:
             number = float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise ConfigError(f"'{value}' is not a number; write 0.03 or a fraction such as 8/255") from None
     if not math.isfinite(number):
         raise ConfigError(f"'{value}' is not a finite number")

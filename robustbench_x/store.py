@@ -39,6 +39,7 @@ ROWS = pa.schema(
         ("clean_correct", pa.bool_()),
         ("fooled", pa.bool_()),
         ("flipped", pa.bool_()),
+        ("margin", pa.float64()),
         ("linf", pa.float64()),
         ("l2", pa.float64()),
         ("ssim", pa.float64()),
@@ -52,9 +53,12 @@ ROWS = pa.schema(
     ]
 )
 """One row per sample and cell. Predictions are logit indices, -1 where there is none; measures are null in error
-rows. `overrun` is how far the candidate lay outside its budget before projection."""
+rows. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
+candidate lay outside its budget before projection."""
 
 _STATE = ".state"
+_DROPPED = ".state.done"
+_RESULTS = ("report.json", "report.md", "report.html", "report.sarif", "junit.xml", "samples.parquet", "audit.toml")
 _PLAN = "plan.json"
 
 
@@ -73,11 +77,17 @@ class RunFolder:
         self.state = path / _STATE
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path}: this is a file, not a folder")
-        if not resume:
+        shutil.rmtree(path / _DROPPED, ignore_errors=True)
+        if not resume and (self.state.exists() or (path / "report.json").exists()):
             self._clear()
-        held = stored_fingerprint(path)
-        if held is None and path.exists() and any(path.iterdir()):
-            raise UsageError(f"--out {path}: the folder holds something else; name an empty or a new one")
+            held = None
+        else:
+            held = stored_fingerprint(path)
+            if held is None and path.exists() and any(entry != self.state for entry in path.iterdir()):
+                raise UsageError(f"--out {path}: the folder holds something else; name an empty or a new one")
+            # An empty state is what a kill in the first instant leaves.
+            if held is None and any(entry.suffix != ".partial" for entry in self.state.glob("*")):
+                raise RunError(f"{self.state / _PLAN} is missing, so its rows cannot be trusted; use --no-resume")
         if held is not None and held != fingerprint:
             raise UsageError(
                 f"--out {path}: the folder holds another audit; choose another --out, or start over with --no-resume"
@@ -133,9 +143,24 @@ class RunFolder:
         paths = sorted(self.state.glob("*/*.parquet")) if self.state.exists() else [self.path / "samples.parquet"]
         return pa.concat_tables([read_rows(path) for path in paths]) if paths else ROWS.empty_table()
 
+    def check(self) -> None:
+        """Looks into every batch on disk, so that a damaged one is known before hours are spent.
+
+        Raises:
+            RunError: A file is damaged; names it.
+        """
+        for path in sorted(self.state.glob("*/*.parquet")):
+            try:
+                read_rows(path)
+            except RunError as error:
+                raise RunError(f"{error}; delete this file to have its rows made again") from error
+
     def finish(self) -> None:
         """Drops the working state; call when every result file is in place."""
-        shutil.rmtree(self.state)
+        # Renamed first: a kill amid the removal must not leave half a state that looks like a run to resume.
+        dropped = self.path / _DROPPED
+        os.replace(self.state, dropped)
+        shutil.rmtree(dropped)
 
     def _batch(self, craft: str, batch: int) -> Path:
         return self.state / craft / f"{batch:06d}.parquet"
@@ -143,8 +168,9 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what an audit wrote here, and nothing else."""
         shutil.rmtree(self.state, ignore_errors=True)
-        for name in ("report.json", "report.md", "samples.parquet", "audit.toml"):
+        for name in _RESULTS:
             (self.path / name).unlink(missing_ok=True)
+            (self.path / f"{name}.partial").unlink(missing_ok=True)
 
 
 def stored_fingerprint(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.encoders.encoder import Encoder, check_range
@@ -24,12 +25,15 @@ class Shield:
     defense: Defense
 
     def apply(self, images: Tensor) -> Tensor:
-        """The deployed defence, with its output's shape checked.
+        """The deployed defence on a copy of `images`, with its output's shape checked.
 
         Raises:
-            SampleError: It returned another number of images or of channels.
+            SampleError: It returned no tensor, or another number of images or of channels.
         """
-        out = self.defense.apply(images)
+        # A copy: a defence that writes to its input would otherwise change the clean images it is compared with.
+        out = self.defense.apply(images.clone())
+        if not isinstance(out, Tensor):
+            raise SampleError(f"defence {self.spec.name} returned a {type(out).__name__}, not a tensor")
         if out.ndim != 4 or out.shape[:2] != images.shape[:2]:
             raise SampleError(
                 f"defence {self.spec.name} turned images of shape {tuple(images.shape)} into {tuple(out.shape)}"
@@ -82,15 +86,28 @@ def perceive(shield: Shield | None, knowledge: Knowledge) -> Perceive:
     if shield is None or knowledge in ("none", "oblivious"):
         return _identity
     if knowledge == "bpda":
-        return lambda images: images + (shield.apply(images.detach()) - images).detach()
+
+        def bpda(images: Tensor) -> Tensor:
+            value = shield.apply(images.detach())
+            return _straight_through(value, images)
+
+        return bpda
     if shield.spec.gradient == "exact":
         return shield.apply
 
     def full(images: Tensor) -> Tensor:
-        soft: Tensor = shield.defense.stand_in(images)  # type: ignore[attr-defined]  # checked at registration
-        return soft + (shield.apply(images.detach()) - soft).detach()
+        soft: Tensor = shield.defense.stand_in(images.clone())  # type: ignore[attr-defined]  # checked at registration
+        return _straight_through(shield.apply(images.detach()), soft)
 
     return full
+
+
+def _straight_through(value: Tensor, soft: Tensor) -> Tensor:
+    """Exactly `value`, with the gradient of `soft`, which is resized where the defence changes the size."""
+    if soft.shape != value.shape:
+        soft = F.interpolate(soft, value.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+    # soft - soft is exactly zero (finite pixels), so the value is the deployed one to the last bit.
+    return value.detach() + (soft - soft.detach())
 
 
 @contextmanager

@@ -182,8 +182,8 @@ def _evaluate(walk: Walk, objective: Objective, draws: int) -> Evaluation:
         for _ in range(draws):
             result = objective(images, walk.index)
             (piece,) = torch.autograd.grad(result.loss.sum(), images)
-            loss = loss + result.loss.detach() / draws
-            gradient = gradient + piece / draws
+            loss.add_(result.loss.detach(), alpha=1 / draws)
+            gradient.add_(piece, alpha=1 / draws)
             if result.margin is not None:
                 margins.append(result.margin.detach())
     walk.loss, walk.gradient = loss, gradient

@@ -1,5 +1,6 @@
 """The application: commands, version, and the one place where errors become exit codes."""
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -47,6 +48,8 @@ def _root(
 
 def main() -> None:
     """Runs `rbx`; a library error becomes one sentence on stderr and its exit code."""
+    # Before torch is loaded: threads that wait by spinning make a shared machine (any CI runner) several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except RobustbenchError as error:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from robustbench_x.config import AuditConfig
-from robustbench_x.diagnose import CellRecord, check_cell, check_pair, error_messages
+from robustbench_x.diagnose import CellRecord, check_attackers, check_cell, check_pair, error_messages
 from robustbench_x.errors import RunError
 from robustbench_x.metrics import Outcome, compute, worst_case
 from robustbench_x.plan import Cell, Plan, with_noise
@@ -27,6 +27,7 @@ def assemble_cells(
     registry: Registry,
     *,
     num_classes: Mapping[tuple[str, str, str], int],
+    evaluated: Mapping[tuple[str, str], int],
 ) -> dict[str, CellRecord]:
     """Every cell's outcome and metrics, in plan order.
 
@@ -36,9 +37,10 @@ def assemble_cells(
         config: The audit.
         registry: Where attack specs are looked up.
         num_classes: Logits of each (encoder, data, head).
+        evaluated: Samples of each (encoder, data).
 
     Raises:
-        RunError: A cell has no row, or a sample twice.
+        RunError: A cell lacks a sample, or has one twice.
     """
     attacks = {entry.title: entry for entry in with_noise(config.attack)}
     columns = {name: rows.column(name).to_numpy(zero_copy_only=False) for name in rows.column_names}
@@ -48,8 +50,12 @@ def assemble_cells(
         index = by_cell[cell.id]
         index = index[np.argsort(columns["position"][index], kind="stable")]
         positions = columns["position"][index]
-        if not len(index) or len(np.unique(positions)) != len(index):
-            raise RunError(f"cell {cell.id}: {len(index)} rows for {len(np.unique(positions))} samples")
+        wanted = evaluated[cell.encoder, cell.data]
+        if not np.array_equal(positions, np.arange(wanted)):
+            raise RunError(
+                f"cell {cell.id}: the rows on disk cover {len(np.unique(positions))} of {wanted} samples, "
+                f"{len(index)} rows in all; start over with --no-resume"
+            )
         own = {name: values[index] for name, values in columns.items()}
         outcome = _outcome(own)
         records[cell.id] = CellRecord(
@@ -57,6 +63,7 @@ def assemble_cells(
             spec=registry.attacks[attacks[cell.attack].name],
             outcome=outcome,
             overrun=own["overrun"].astype(float),
+            margin=own["margin"].astype(float),
             messages=error_messages(list(own["error"])),
             num_classes=num_classes[cell.encoder, cell.data, cell.head],
             metrics={name: measure(value) for name, value in compute(outcome).items()},
@@ -65,8 +72,13 @@ def assemble_cells(
 
 
 def cell_findings(records: Assembled) -> list[Finding]:
-    """What the rows reveal, cell by cell and cell against control."""
+    """What the rows reveal, cell by cell, cell against control, and all attacks on a victim together."""
     found = [f for record in records.values() for f in check_cell(record)]
+    groups: dict[tuple[Any, ...], list[CellRecord]] = {}
+    for record in records.values():
+        groups.setdefault(_victim(record.cell), []).append(record)
+    for group in groups.values():
+        found += check_attackers(group, _label(group[0].cell))
     lookup: dict[tuple[Any, ...], CellRecord] = {
         (_victim(r.cell), r.cell.knowledge, r.cell.attack): r for r in records.values()
     }
@@ -146,6 +158,10 @@ def stored_threat(cell: Cell) -> Threat:
 def measure(interval: Interval) -> Measure:
     """An interval as the report stores it."""
     return Measure(value=interval.value, low=interval.low, high=interval.high)
+
+
+def _label(cell: Cell) -> str:
+    return f"{cell.encoder} | {cell.head} | {cell.data} | {cell.defense} | worst_case | {cell.threat}"
 
 
 def _victim(cell: Cell) -> tuple[Any, ...]:

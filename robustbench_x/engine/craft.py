@@ -1,5 +1,6 @@
 """One craft on one batch: hand the attack its view, run it, judge what comes back, return rows."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustbench_x.config import AuditConfig
+from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import Batch, StageAtWork
 from robustbench_x.judge import (
     UNJUDGED,
@@ -39,7 +41,7 @@ from robustbench_x.views import (
     WhiteboxView,
 )
 
-__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "is_out_of_memory"]
+__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "failed_rows", "is_out_of_memory"]
 
 Row = dict[str, Any]
 
@@ -73,22 +75,23 @@ def craft_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, config: Aud
     Raises:
         BaseException: Out of memory (the caller halves the part), and what is no `Exception`.
     """
-    seeds = [derive_seed(stage.seed, work.craft.attack.title, item.id) for item in batch.items[part]]
     rows = _unreadable_rows(stage, work.craft, batch) if part.start == 0 else []
-    inputs = batch.images[part]
-    if not len(inputs):
+    if not len(batch.images[part]):
         return rows
+    seeds = _seeds(stage, work, batch, part)
     made = _make(stage, work, batch, part, seeds, config)
     if isinstance(made, str):
-        return rows + [
-            _error_row(stage, cell, batch, i, made, seeds[i - part.start])
-            for cell in work.craft.cells
-            for i in range(part.start, part.start + len(inputs))
-        ]
+        return rows + _failed(stage, work, batch, part, made)
     for shield in dict.fromkeys(cell.defense for cell in work.craft.cells):
         cells = [cell for cell in work.craft.cells if cell.defense == shield]
         rows += _judge(stage, shield, cells, batch, part, made, seeds)
     return rows
+
+
+def failed_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slice, error: str) -> list[Row]:
+    """The rows of `craft_rows` when nothing could be made of the part at all."""
+    rows = _unreadable_rows(stage, work.craft, batch) if part.start == 0 else []
+    return rows + _failed(stage, work, batch, part, error)
 
 
 def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceive:
@@ -109,6 +112,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
+def _seeds(stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slice) -> list[int]:
+    return [derive_seed(stage.seed, work.craft.attack.title, item.id) for item in batch.items[part]]
+
+
+def _failed(stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slice, error: str) -> list[Row]:
+    return [
+        _error_row(stage, cell, batch, part.start + i, error, seed)
+        for cell in work.craft.cells
+        for i, seed in enumerate(_seeds(stage, work, batch, part))
+    ]
+
+
 def _make(
     stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slice, seeds: list[int], config: AuditConfig
 ) -> _Made | str:
@@ -119,24 +134,25 @@ def _make(
     started = time.perf_counter()
     problem = None
     try:
-        # An attack may seed or draw from the global generators; nothing else may feel it.
-        with torch.random.fork_rng(devices=[stage.device] if stage.device.type == "cuda" else []):
-            torch.manual_seed(view.random.seed)
+        with isolated(view.random.seed, stage.device):
             candidates = work.attack.run(view)
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)
         seconds = time.perf_counter() - started
         admitted = admit(candidates, inputs, work.craft.threat)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {error}"
     finally:
         if isinstance(view, QueryView):
             view.query.close()
-    if (broken := stage.seal.broken()) is not None:
-        stage.seal.restore()
-        problem = broken
+        # Here, so that an attack that tampers and then runs out of memory leaves nothing behind either.
+        broken = stage.seal.broken()
+        if broken is not None:
+            stage.seal.restore()
+    if broken is not None:
+        return broken
     if problem is not None:
         return problem
     return _Made(
@@ -162,7 +178,8 @@ def _view(
     bf16 = config.precision == "bf16"
     shared: dict[str, Any] = {
         "inputs": batch.images[part].clone(),
-        "threat": craft.threat,
+        # A copy: budget and verdict are the harness's own.
+        "threat": dataclasses.replace(craft.threat),
         "random": SampleRandom(seeds, device=stage.device),
         "exhaustive": craft.exhaustive,
     }
@@ -173,7 +190,8 @@ def _view(
     if access == "encoder" or craft.head is None:
         through = perceive(shield, craft.knowledge)
         handle = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
-        return EncoderView(**shared, encoder=handle, surrogate=work.surrogate)
+        surrogate = None if work.surrogate is None else work.surrogate.clone()
+        return EncoderView(**shared, encoder=handle, surrogate=surrogate)
     head = stage.heads[craft.head]
     rows = list(batch.positions[part])
     shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
@@ -204,7 +222,7 @@ def _judge(
         adversarial = read_features(images, victim, draws=stage.judge_draws, seed=seed)
         levels = cells[0].threat.quantize(images, inputs)
         rounded = read_features(levels, victim, draws=stage.judge_draws, seed=seed)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         problem = f"the victim failed: {type(error).__name__}: {error}"
@@ -228,16 +246,14 @@ def _rows(
     head = stage.heads[cell.head]
     labels = stage.labels[cell.head][list(batch.positions[part])]
     clean, adversarial, _ = readings
-    predictions, errors = [], [made.admitted.errors]
-    for reading in readings:
-        predicted, problems = predict(reading, head, labels)
-        predictions.append(predicted.tolist())
-        errors.append(problems)
+    verdicts = [predict(reading, head, labels) for reading in readings]
+    predictions = [verdict.classes.tolist() for verdict in verdicts]
+    margin = verdicts[1].margin.tolist()
     cosine = feature_cosine(adversarial, clean).tolist()
     linf, l2, ssim = (m.tolist() for m in (made.measured.linf, made.measured.l2, made.measured.ssim))
     overrun = made.admitted.overrun.tolist()
     rows = []
-    for i, error in enumerate(first_errors(*errors)):
+    for i, error in enumerate(first_errors(made.admitted.errors, *(v.errors for v in verdicts))):
         if error is not None:
             rows.append(_error_row(stage, cell, batch, part.start + i, error, seeds[i]))
             continue
@@ -253,6 +269,7 @@ def _rows(
                 "clean_correct": clean_pred == label,
                 "fooled": clean_pred == label and adv_pred != label,
                 "flipped": adv_pred != clean_pred,
+                "margin": margin[i],
                 "linf": linf[i],
                 "l2": l2[i],
                 "ssim": ssim[i],

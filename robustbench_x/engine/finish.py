@@ -32,7 +32,8 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
     probes = [Finding(**f) for n in range(len(stages)) for f in _note(folder, f"probes-{n}")["findings"]]
     rows = folder.rows()
     classes = {(h["encoder"], h["data"], h["head"]): h["num_classes"] for s in stages for h in s["heads"]}
-    records = assemble_cells(rows, plan, config, registry, num_classes=classes)
+    evaluated = {(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages}
+    records = assemble_cells(rows, plan, config, registry, num_classes=classes, evaluated=evaluated)
     findings = [*probes, *_training_findings(stages), *cell_findings(records)]
     params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
     cells = tuple(

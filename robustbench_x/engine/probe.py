@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
+import torch
+
 from robustbench_x.diagnose import probe_gradient, probe_victim
 from robustbench_x.engine.craft import attacker_sees
+from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.findings import finding
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.plan import UNDEFENDED, Craft
+from robustbench_x.randomness import SampleRandom, derive_seed
 from robustbench_x.registry import Registry
 from robustbench_x.result import Finding
 
@@ -21,19 +25,36 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
     images = stage.batch(0).images[:_IMAGES]
     if not len(images):
         return []
+    # Perturbed images too: a defence may behave on clean ones only.
+    threat = next((c.threat for c in stage.stage.crafts if c.threat.radius > 0), None)
+    random = SampleRandom(range(len(images)), device=images.device)
+    both = images if threat is None else torch.cat([images, threat.noise(images, random)])
     source, data = stage.stage.encoder, stage.stage.data
     found: list[Finding] = []
 
+    def guarded(where: str, probe: Callable[[], list[Finding]]) -> list[Finding]:
+        """A probe's findings about `where`; a probe that fails is itself a finding, never silence."""
+        try:
+            with isolated(derive_seed(stage.seed, "probe", where), stage.device):
+                results = probe()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes an error-level finding
+            results = [finding("probe_failed", f"{type(error).__name__}: {error}")]
+        return [f.model_copy(update={"cell": where}) for f in results]
+
     def forward(shield: str, head: FittedHead) -> list[Finding]:
-        return probe_victim(images, stage.defended(shield), head)
+        return probe_victim(both, stage.defended(shield), head)
 
     def backward(craft: Craft) -> list[Finding]:
         loss = "cosine" if craft.head is None else "margin"
-        return probe_gradient(images, attacker_sees(stage, craft, craft.head), craft.threat, loss=loss)
+        shield = stage.shields[craft.seen]
+        exact = shield is None or (craft.knowledge == "full" and shield.spec.gradient == "exact")
+        honest = exact and not (shield is not None and shield.spec.stochastic)
+        see = attacker_sees(stage, craft, craft.head)
+        return probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
 
     for shield in stage.shields:
         for name, head in stage.heads.items():
-            found += _guarded(f"{source} | {name} | {data} | {shield}", lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
+            found += guarded(f"{source} | {name} | {data} | {shield}", lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
     views: dict[tuple[str, str, str | None], Craft] = {}
     for craft in stage.stage.crafts:
         if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:
@@ -41,14 +62,5 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
     for (shield, knowledge, seen_head), craft in views.items():
         shown = shield if shield == UNDEFENDED else f"{shield}:{knowledge}"
         where = f"{source} | {seen_head or 'features'} | {data} | {shown}"
-        found += _guarded(where, lambda c=craft: backward(c))  # type: ignore[misc]
+        found += guarded(where, lambda c=craft: backward(c))  # type: ignore[misc]
     return found
-
-
-def _guarded(where: str, probe: Callable[[], list[Finding]]) -> list[Finding]:
-    """A probe's findings about `where`; a probe that fails is itself a finding, never silence."""
-    try:
-        found = probe()
-    except Exception as error:  # noqa: BLE001 - it becomes an error-level finding
-        found = [finding("probe_failed", f"{type(error).__name__}: {error}")]
-    return [f.model_copy(update={"cell": where}) for f in found]

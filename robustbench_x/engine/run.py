@@ -1,8 +1,10 @@
 """Runs an audit from plan to stored report; killed anywhere, it continues where it stopped."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,11 +12,11 @@ from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, draw_subset, open_dataset
 from robustbench_x.encoders.encoder import LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
-from robustbench_x.engine.craft import AttackAtWork, craft_rows, is_out_of_memory
+from robustbench_x.engine.craft import AttackAtWork, craft_rows, failed_rows, is_out_of_memory
 from robustbench_x.engine.finish import finish, now
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
-from robustbench_x.engine.stage import StageAtWork, select_items
+from robustbench_x.engine.stage import Batch, StageAtWork, select_items
 from robustbench_x.errors import DataError, RunError, UsageError
 from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan, with_noise
 from robustbench_x.registry import Registry, load_registry
@@ -108,6 +110,7 @@ class _Run:
         self._infos: dict[str, dict[str, Any]] = {}
 
     def run(self) -> Report:
+        self.folder.check()
         totals = [self._stage_size(stage) for stage in self.plan.stages]
         self.progress.begin(sum(totals), 0)
         for number, stage in enumerate(self.plan.stages):
@@ -196,23 +199,36 @@ class _Run:
     def _rows(self, stage: StageAtWork, work: AttackAtWork, number: int) -> list[dict[str, Any]]:
         """Rows of one batch, in parts that fit the memory: each shortage halves the part, for good."""
         batch = stage.batch(number)
+        usual = self._part
         while True:
             try:
-                starts = range(0, max(len(batch.images), 1), self._part)
-                return [
-                    row
-                    for start in starts
-                    for row in craft_rows(
-                        stage, work, batch, self.config, slice(start, min(start + self._part, len(batch.images)))
-                    )
-                ]
+                rows, failed = self._in_parts(stage, work, batch)
             except Exception as error:
-                if not is_out_of_memory(error) or self._part == 1:
+                if not is_out_of_memory(error):
                     raise
                 self._part = max(self._part // 2, 1)
                 self.progress.say(f"out of memory: going on with {self._part} images at a time")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if failed == len(batch.images):
+                self._part = usual  # no size helps this attack, so the next one need not suffer for it
+            return rows
+
+    def _in_parts(self, stage: StageAtWork, work: AttackAtWork, batch: Batch) -> tuple[list[dict[str, Any]], int]:
+        """Rows of the batch, and how many images do not even fit alone: those become error rows."""
+        rows: list[dict[str, Any]] = []
+        failed = 0
+        for start in range(0, max(len(batch.images), 1), self._part):
+            part = slice(start, min(start + self._part, len(batch.images)))
+            try:
+                rows += craft_rows(stage, work, batch, self.config, part)
+            except Exception as error:
+                if not is_out_of_memory(error) or self._part > 1:
+                    raise
+                rows += failed_rows(stage, work, batch, part, f"{type(error).__name__}: {error}")
+                failed += 1
+        return rows, failed
 
     def _surrogate(self, stage: StageAtWork) -> Tensor | None:
         """Unlabelled surrogate images `(M, 3, H, W)`, or None when the audit names none."""
@@ -231,7 +247,7 @@ class _Run:
     def _check_unchanged(self, number: int, stage: StageAtWork) -> None:
         """Stores what this stage evaluates, or refuses to mix it with rows of other weights or images."""
         encoder, dataset = stage.encoder, stage.dataset
-        info = {
+        info: dict[str, Any] = {
             "encoder": EncoderInfo(
                 source=stage.stage.encoder,
                 sha256=encoder.sha256,
@@ -263,15 +279,27 @@ class _Run:
                 notes=dataset.notes,
             ).model_dump(mode="json"),
             "images": stage.data_digest(),
+            "answers": stage.answers(),
         }
         stored = self.folder.notes(f"stage-{number}")
         if stored is None:
             self.folder.note(f"stage-{number}", info)
-        elif (stored["encoder"]["sha256"], stored["images"]) != (encoder.sha256, info["images"]):
+            return
+        same = (stored["encoder"]["sha256"], stored["images"]) == (encoder.sha256, info["images"])
+        # Answers within rounding: another device or thread count must not forbid to resume.
+        if not same or not _close(stored["answers"], info["answers"]):
             raise RunError(
-                f"{self.folder.path}: the weights of {stage.stage.encoder} or the images of {stage.stage.data} changed "
-                "since this audit was interrupted; start over with --no-resume"
+                f"{self.folder.path}: the weights, code or heads of {stage.stage.encoder} or the images of "
+                f"{stage.stage.data} changed since this audit was interrupted; start over with --no-resume"
             )
+
+
+def _close(stored: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> bool:
+    return stored.keys() == now.keys() and all(
+        np.shape(stored[name]) == np.shape(now[name])
+        and np.allclose(stored[name], now[name], rtol=1e-2, atol=1e-2 * float(np.abs(now[name]).max()), equal_nan=True)
+        for name in now
+    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from robustbench_x.engine.progress import Progress
 from robustbench_x.errors import DataError, NothingEvaluatedError
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.heads.build import build_head
-from robustbench_x.integrity import Seal
+from robustbench_x.integrity import Seal, modules_within
 from robustbench_x.judge import Reading, read_features
 from robustbench_x.plan import UNDEFENDED, Stage
 from robustbench_x.randomness import derive_seed
@@ -92,7 +92,8 @@ class StageAtWork:
                 batch_size=batch_size,
             ).to(device)
             self.labels[name] = self.heads[name].match(dataset.classes)[[item.label for item in self.items]].to(device)
-        self.seal = Seal(self.encoder, *self.heads.values())
+        behind = modules_within(*(shield.defense for shield in shields.values()))
+        self.seal = Seal(self.encoder, *self.heads.values(), *behind)
         self._groups = [range(i, min(i + batch_size, len(self.items))) for i in range(0, len(self.items), batch_size)]
         self._pixels: dict[int, tuple[Tensor, tuple[int, ...], dict[int, tuple[Item, str]]]] = {}
         self._clean: dict[tuple[str, int], Reading] = {}
@@ -139,6 +140,14 @@ class StageAtWork:
             ]
             self._clean[key] = Reading(features=torch.cat(parts, dim=1))
         return Reading(features=self._clean[key].features[:, part])
+
+    @torch.no_grad()
+    def answers(self) -> dict[str, list[float]]:
+        """Logits of two fixed images under every head: changed code or heads show here, where no digest looks."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, 3, *self.encoder.input_size, generator=generator).to(self.device)
+        features = self.defended(UNDEFENDED).features(images)
+        return {name: head(features).nan_to_num().flatten().tolist() for name, head in self.heads.items()}
 
     def data_digest(self) -> str:
         """A digest of the ids and pixels of every evaluated sample."""

@@ -3,14 +3,13 @@
 import csv
 import io
 
+from robustbench_x.report.inert import spreadsheet_text
 from robustbench_x.result import Report
 
 __all__ = ["render_csv"]
 
-_HEADER = (
-    "encoder", "head", "data", "defense", "knowledge", "attack", "norm", "eps", "n", "n_clean_correct", "n_errors",
-    "metric", "value", "low", "high",
-)  # fmt: skip
+_NAMES = ("encoder", "head", "data", "defense", "knowledge", "attack")
+_HEADER = (*_NAMES, "norm", "eps", "n", "n_clean_correct", "n_errors", "metric", "value", "low", "high")
 
 
 def render_csv(report: Report) -> str:
@@ -19,22 +18,10 @@ def render_csv(report: Report) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_HEADER)
     for cell in report.cells:
+        names = [spreadsheet_text(getattr(cell, name)) for name in _NAMES]
+        threat = [spreadsheet_text(cell.threat.norm), cell.threat.eps]
         for metric, measure in cell.metrics.items():
-            writer.writerow(
-                (
-                    *(_inert(getattr(cell, name)) for name in _HEADER[:6]),
-                    cell.threat.norm,
-                    cell.threat.eps,
-                    cell.n,
-                    cell.n_clean_correct,
-                    cell.n_errors,
-                    metric,
-                    *("" if v is None else v for v in (measure.value, measure.low, measure.high)),
-                )
-            )
+            figures = ["" if v is None else v for v in (measure.value, measure.low, measure.high)]
+            counts = [cell.n, cell.n_clean_correct, cell.n_errors]
+            writer.writerow([*names, *threat, *counts, spreadsheet_text(metric), *figures])
     return buffer.getvalue()
-
-
-def _inert(text: str) -> str:
-    """`text` that no spreadsheet runs as a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

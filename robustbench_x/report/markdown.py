@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Sequence
 
 from robustbench_x.findings import FINDINGS
-from robustbench_x.report.words import figure, headline, percent, shield, summary, threat_text, victim
-from robustbench_x.result import CellResult, Decision, Finding, Report
+from robustbench_x.report.inert import html_text, markdown_text
+from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text, victim
+from robustbench_x.result import CellResult, Decision, Finding, Measure, Report
 
 __all__ = ["LIMIT", "render_markdown"]
 
 LIMIT = 1_000_000
 """Bytes a GitHub step summary holds; a longer one is dropped whole, so the text cuts itself."""
 
+_TAIL = 120
+_UNMEASURED = Measure(value=None)
 _Key = tuple[str, str, str]
 
 
@@ -24,30 +27,36 @@ def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -
         *_victims(report),
         _provenance(report),
     ]
-    text = ""
-    for number, section in enumerate(s for s in sections if s):
+    text, left = "", 0
+    for section in filter(None, sections):
         longer = f"{text}\n{section}" if text else section
-        if len(longer.encode()) > limit - 200:
-            left = len([s for s in sections if s]) - number
-            return f"{text}\n_{left} sections left out: the text would exceed {limit} bytes. See report.json._\n"
-        text = longer
-    return text
+        if len(longer.encode()) > limit - _TAIL:
+            left += 1
+        else:
+            text = longer
+    if not left:
+        return text
+    return f"{text}\n_{count(left, 'section')} left out to stay within {limit} bytes; everything is in report.json._\n"
 
 
 def _head(report: Report, decision: Decision) -> str:
     run = report.run
-    n = f"{len(report.cells)} cells, {sum(cell.n for cell in report.cells)} judgements"
+    n = f"{count(len(report.cells), 'cell')}, {count(sum(cell.n for cell in report.cells), 'judgement')}"
     return (
-        f"### {escape(headline(report, decision))}\n\n{escape(summary(report))}\n\n"
-        f"{n}; status {report.status}; seed {run.seed}; {escape(run.device)}; robustbench_x {run.robustbench_x}\n"
+        f"### {markdown_text(headline(decision), 600)}\n\n{markdown_text(summary(report), 600)}\n\n"
+        f"{n}; status {report.status}; seed {run.seed}; {markdown_text(run.device)}; "
+        f"robustbench_x {markdown_text(run.robustbench_x)}\n"
     )
 
 
 def _gates(report: Report) -> str:
     if not report.gates:
         return ""
-    rows = [(v.verdict.upper(), v.gate, v.message) for v in report.gates]
-    return "### Gates\n\n" + table(("verdict", "gate", "what was seen"), rows)
+    failed = [v for v in report.gates if v.verdict != "pass"]
+    held = [v for v in report.gates if v.verdict == "pass"]
+    rows = [(v.verdict.upper(), v.message, v.cell) for v in (*failed, *held)]
+    title = f"### Gates: {len(failed)} failed, {len(held)} held\n\n"
+    return title + table(("verdict", "what was seen", "where"), rows)
 
 
 def _worst(report: Report) -> str:
@@ -79,11 +88,11 @@ def _victim(key: _Key, cells: Sequence[CellResult]) -> str:
             shield(cell),
             cell.attack,
             threat_text(cell.threat),
-            percent(cell.metrics["clean_accuracy"].value),
-            figure(cell.metrics["robust_accuracy"]),
-            figure(cell.metrics["asr"]),
-            percent(cell.metrics["asr_8bit"].value),
-            f"{percent(cell.metrics['flip_rate'].value)} / {percent(cell.metrics['collapse_ceiling'].value)}",
+            percent(_value(cell, "clean_accuracy")),
+            figure(cell.metrics.get("robust_accuracy", _UNMEASURED)),
+            figure(cell.metrics.get("asr", _UNMEASURED)),
+            percent(_value(cell, "asr_8bit")),
+            f"{percent(_value(cell, 'flip_rate'))} / {percent(_value(cell, 'collapse_ceiling'))}",
             _number(cell, "backwards_per_sample"),
             " ".join(dict.fromkeys(f.id for f in cell.flags if f.level != "note")),
         )
@@ -94,8 +103,8 @@ def _victim(key: _Key, cells: Sequence[CellResult]) -> str:
         "backward", "flags",
     )  # fmt: skip
     encoder, head, data = key
-    title = f"{escape(encoder)}, {escape(head)} head, {escape(data)}"
-    return f"<details><summary>{title}: {cells[0].n} images</summary>\n\n{table(header, rows)}\n</details>\n"
+    title = html_text(f"{encoder} + {head} head on {data}: {count(cells[0].n, 'image')}")
+    return f"<details><summary>{title}</summary>\n\n{table(header, rows)}\n</details>\n"
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -108,7 +117,7 @@ def _findings(findings: Sequence[Finding]) -> str:
         (f.level, f.id, f.cell or "the run", f.message, FINDINGS[f.id].advice if f.id in FINDINGS else "")
         for f in sorted(serious, key=lambda f: order[f.level])
     ]
-    tail = f"\n{notes} notes are in report.json.\n" if notes else ""
+    tail = f"\n{count(notes, 'note')} in report.json.\n" if notes else ""
     body = table(("level", "finding", "where", "what", "advice"), rows) if rows else "No error, no warning.\n"
     return f"### Findings\n\n{body}{tail}"
 
@@ -116,7 +125,7 @@ def _findings(findings: Sequence[Finding]) -> str:
 def _provenance(report: Report) -> str:
     run = report.run
     rows = [
-        ("command", f"`{run.command}`" if run.command else "-"),
+        ("command", run.command or "-"),
         ("started, finished", f"{run.started}, {run.finished}"),
         ("device, precision, batch", f"{run.device}, {run.precision}, {run.batch_size}"),
         ("platform", run.platform),
@@ -130,16 +139,14 @@ def _provenance(report: Report) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with every cell escaped."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(escape(value) for value in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(markdown_text(value) for value in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def escape(text: str) -> str:
-    """`text` as it is, whatever it holds: no table break, no HTML, no line break."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def _value(cell: CellResult, metric: str) -> float | None:
+    return cell.metrics.get(metric, _UNMEASURED).value
 
 
 def _number(cell: CellResult, metric: str) -> str:
-    value = cell.metrics[metric].value
+    value = _value(cell, metric)
     return "-" if value is None else f"{value:.1f}"

@@ -1,87 +1,134 @@
-"""The result on a terminal: the answer first, then a table per victim, then findings and gates."""
+"""The result on a terminal: the answer first, then failed gates, a table per victim, and findings.
+
+Names and messages come from outside, so everything goes through `Text`: a string would be searched for rich
+markup and emoji codes, and `python:car:make` would drive away.
+"""
 
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from robustbench_x.findings import FINDINGS
-from robustbench_x.report.words import figure, headline, percent, shield, summary, threat_text
-from robustbench_x.result import CellResult, Decision, GateVerdict, Report, WorstCase
+from robustbench_x.report.inert import plain
+from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text
+from robustbench_x.result import CellResult, Decision, Finding, GateVerdict, Report, WorstCase
 
-__all__ = ["print_gates", "print_report"]
+__all__ = ["print_answer", "print_gates", "print_report"]
 
 _ANSWER_STYLE = {"yes": "bold green", "no": "bold red", "unknown": "bold yellow", "unjudged": "bold yellow"}
-_LEVEL_STYLE = {"error": "red", "warning": "yellow", "note": "dim"}
+_LEVEL_STYLE = {"error": "red", "warning": "yellow"}
 _VERDICT_STYLE = {"pass": "green", "fail": "red", "inconclusive": "yellow", "error": "red"}
+_SHOWN = 3
 
 
 def print_report(report: Report, decision: Decision, console: Console) -> None:
-    """Prints the whole result."""
-    console.print(headline(report, decision), style=_ANSWER_STYLE[decision.answer], markup=False)
-    console.print(summary(report), markup=False)
+    """Prints the whole result; of the gates those that did not pass."""
+    print_answer(decision, console)
+    console.print(Text(plain(summary(report), 600)))
     console.print()
+    if report.gates:
+        print_gates(report.gates, console, failed_only=True)
     groups: dict[tuple[str, str, str], list[CellResult]] = {}
     for cell in report.cells:
         groups.setdefault((cell.encoder, cell.head, cell.data), []).append(cell)
     for (encoder, head, data), cells in groups.items():
         worst = [w for w in report.worst_case if (w.encoder, w.head, w.data) == (encoder, head, data)]
-        console.print(_victim_table(f"{encoder}, {head} head, {data}", cells, worst))
-    if report.gates:
-        print_gates(report.gates, console)
+        console.print(_title(encoder, head, data, cells))
+        console.print(_victim_table(cells, worst))
     _print_findings(report, console)
 
 
-def print_gates(verdicts: Sequence[GateVerdict], console: Console) -> None:
-    """Prints the verdict table."""
-    table = Table(title="Gates", title_justify="left", title_style="bold")
-    table.add_column("verdict")
-    table.add_column("what was seen")
-    for v in sorted(verdicts, key=lambda v: v.verdict == "pass"):
-        table.add_row(f"[{_VERDICT_STYLE[v.verdict]}]{v.verdict.upper()}[/]", escape(v.message))
-    console.print(table)
+def print_answer(decision: Decision, console: Console) -> None:
+    """Prints the one line that says what the exit code says."""
+    console.print(Text(plain(headline(decision), 600), style=_ANSWER_STYLE[decision.answer]))
 
 
-def _victim_table(title: str, cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
-    table = Table(title=escape(f"{title} (n={cells[0].n})"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def print_gates(verdicts: Sequence[GateVerdict], console: Console, *, failed_only: bool = False) -> None:
+    """Prints the verdict table, failed gates first."""
+    held = [v for v in verdicts if v.verdict == "pass"]
+    failed = [v for v in verdicts if v.verdict != "pass"]
+    console.print(Text(f"Gates: {len(failed)} failed, {len(held)} held", style="bold"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for v in failed if failed_only else [*failed, *held]:
+        seen = Text(plain(v.message)).append(f"\n{plain(v.cell)}", style="dim")
+        table.add_row(Text(v.verdict.upper(), style=_VERDICT_STYLE[v.verdict]), seen)
+    if table.row_count:
+        console.print(table)
+    console.print()
+
+
+def _title(encoder: str, head: str, data: str, cells: Sequence[CellResult]) -> Text:
+    title = Text(plain(f"{encoder} + {head} head on {data}"), style="bold")
+    clean = cells[0].metrics.get("clean_accuracy")
+    known = f", clean accuracy {figure(clean)}" if clean is not None else ""
+    return title.append(f"\n{count(cells[0].n, 'image')}{known}; [95 % interval]", style="not bold dim")
+
+
+def _victim_table(cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     several = len({threat_text(cell.threat) for cell in cells}) > 1
-    columns = ["attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"]
-    for name in columns:
+    for name in ("attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"):
         left = name in ("attack", "defence")
-        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        least = {"attack": 10, "defence": 7}.get(name)
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold", min_width=least)
     for cell in cells:
         table.add_row(*_row(cell, several), style="dim" if cell.control else "")
     table.add_section()
     for w in worst:
         name = f"worst case {threat_text(w.threat)}" if several else "worst case"
-        table.add_row(name, escape(w.defense), "", figure(w.robust_accuracy), figure(w.asr), style="bold")
+        table.add_row(
+            Text(plain(name)), Text(plain(w.defense)), "", figure(w.robust_accuracy), figure(w.asr), style="bold"
+        )
     return table
 
 
-def _row(cell: CellResult, several: bool) -> tuple[str, ...]:
-    seconds = cell.metrics["seconds"].value
-    flagged = any(f.level != "note" for f in cell.flags)
+def _row(cell: CellResult, several: bool) -> tuple[Text | str, ...]:
     name = f"{cell.attack} {threat_text(cell.threat)}" if several else cell.attack
+    label = Text(plain(name, 80))
+    if any(f.level != "note" for f in cell.flags):
+        label.append(" !", style="yellow")
+    seconds = _value(cell, "seconds")
     return (
-        escape(name) + (" [yellow]![/]" if flagged else ""),
-        escape(shield(cell)),
-        percent(cell.metrics["clean_accuracy"].value),
-        figure(cell.metrics["robust_accuracy"]),
-        figure(cell.metrics["asr"]),
-        percent(cell.metrics["asr_8bit"].value),
+        label,
+        Text(plain(shield(cell), 80)),
+        percent(_value(cell, "clean_accuracy")),
+        *(figure(m) if (m := cell.metrics.get(name)) else "-" for name in ("robust_accuracy", "asr")),
+        percent(_value(cell, "asr_8bit")),
         "-" if seconds is None else f"{seconds:.2f}",
     )
 
 
+def _value(cell: CellResult, metric: str) -> float | None:
+    measure = cell.metrics.get(metric)
+    return None if measure is None else measure.value
+
+
 def _print_findings(report: Report, console: Console) -> None:
-    serious = [f for f in report.findings if f.level != "note"]
-    for f in sorted(serious, key=lambda f: f.level):
-        where = escape(f.cell or "the run")
-        console.print(f"[{_LEVEL_STYLE[f.level]}]{f.level} {f.id}[/] {where}: {escape(f.message)}")
-    for kind in dict.fromkeys(f.id for f in serious):
-        if kind in FINDINGS:
-            console.print(f"  [dim]{kind}: {escape(FINDINGS[kind].advice)}[/]")
-    if notes := len(report.findings) - len(serious):
-        console.print(f"[dim]{notes} notes are in report.json[/]")
+    kinds: dict[tuple[str, str], list[Finding]] = {}
+    for f in report.findings:
+        if f.level != "note":
+            kinds.setdefault((f.level, f.id), []).append(f)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for (level, kind), found in sorted(kinds.items()):
+        known = FINDINGS.get(kind)
+        text = Text(plain(f"{kind}: {known.title}" if known else kind), style="bold").append(f" ({len(found)} x)")
+        for f in found[:_SHOWN]:
+            text.append(f"\n{plain(f.message)}", style="not bold")
+            text.append(f"\n  {plain(f.cell or 'the whole run')}", style="not bold dim")
+        if len(found) > _SHOWN:
+            text.append(f"\n{len(found) - _SHOWN} more are in report.json", style="not bold")
+        if known:
+            text.append(f"\nWhat to do: {known.advice}", style="not bold italic")
+        table.add_row(Text(level, style=_LEVEL_STYLE[level]), text)
+    if table.row_count:
+        console.print(Text("Findings: doubts about this evaluation (! in the tables)", style="bold"))
+        console.print(table)
+    if notes := sum(f.level == "note" for f in report.findings):
+        console.print(Text(f"{count(notes, 'note')} in report.json", style="dim"))

@@ -3,12 +3,12 @@
 from robustbench_x.numbers import format_eps
 from robustbench_x.result import CellResult, Decision, Measure, Report, Threat, WorstCase
 
-__all__ = ["figure", "headline", "percent", "shield", "summary", "threat_text", "victim", "worst_first"]
+__all__ = ["count", "figure", "headline", "percent", "shield", "summary", "threat_text", "victim", "worst_first"]
 
 _ANSWERS = {"yes": "YES", "no": "NO", "unknown": "UNKNOWN", "unjudged": "NOT JUDGED"}
 
 
-def headline(report: Report, decision: Decision) -> str:
+def headline(decision: Decision) -> str:
     """The first line of every view: is it safe to ship, and why; it always agrees with the exit code."""
     return f"Safe to ship? {_ANSWERS[decision.answer]}: {decision.reason} (exit code {decision.exit_code})"
 
@@ -21,8 +21,9 @@ def summary(report: Report) -> str:
     worst = ranked[0]
     doubt = " The evaluation carries errors or doubts: read the findings." if _doubtful(report) else ""
     return (
-        f"Worst victim: {victim(worst)}: at {threat_text(worst.threat)} attacks break {figure(worst.asr)} of its "
-        f"{worst.n_clean_correct} correct images; robust accuracy {figure(worst.robust_accuracy)}.{doubt}"
+        f"Most broken: {victim(worst)}. At {threat_text(worst.threat)} the attacks together fool {figure(worst.asr)} "
+        f"of the {count(worst.n_clean_correct, 'image')} it gets right; robust accuracy is "
+        f"{figure(worst.robust_accuracy)} of all {worst.n}.{doubt}"
     )
 
 
@@ -60,6 +61,15 @@ def figure(measure: Measure) -> str:
     if measure.low is None or measure.high is None:
         return percent(measure.value)
     return f"{100 * measure.value:.0f} % [{100 * measure.low:.0f}, {100 * measure.high:.0f}]"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "gate"), count(2, "gate")
+    ('1 gate', '2 gates')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _doubtful(report: Report) -> bool:

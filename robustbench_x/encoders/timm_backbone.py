@@ -29,7 +29,10 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
-        self.model = model.eval()
+        # Convolutions run 1.4 times faster in this layout on a CPU (EfficientNet-Lite0, measured). Only here: timm's
+        # code is known to cope, a user's own `view` may not.
+        self._layout = torch.contiguous_format if _has_3d_weights(model) else torch.channels_last
+        self.model = model.eval().to(memory_format=self._layout)
         self._prefix: dict[str, bool] = {}
         self.layers: tuple[str, ...] = ()
         intermediates: Any = getattr(model, "forward_intermediates", None)
@@ -46,7 +49,7 @@ class TimmBackbone(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """What the published classifier reads, `(N, D)`."""
-        return _pooled(self.model, images)
+        return _pooled(self.model, images.contiguous(memory_format=self._layout))
 
     def tokens(self, images: Tensor, layers: Sequence[str]) -> list[Tokens]:
         """Tokens of `layers` before any final norm; stages deeper than the deepest are not run."""
@@ -57,7 +60,12 @@ class TimmBackbone(nn.Module):
     def _intermediates(self, images: Tensor, indices: list[int] | None) -> list[Tokens]:
         net: Any = self.model
         outputs = net.forward_intermediates(
-            images, indices=indices, norm=False, stop_early=True, intermediates_only=True, **self._prefix
+            images.contiguous(memory_format=self._layout),
+            indices=indices,
+            norm=False,
+            stop_early=True,
+            intermediates_only=True,
+            **self._prefix,
         )
         pairs = [output if isinstance(output, tuple) else (output, None) for output in outputs]
         return [Tokens(spatial.flatten(2).transpose(1, 2), prefix) for spatial, prefix in pairs]
@@ -194,3 +202,7 @@ def _agrees(output: object, spatial: Tensor) -> bool:
     else:  # NCHW, or NHWC as in Swin
         views = [output.flatten(2).transpose(1, 2), output.flatten(1, 2)]
     return any(view.shape == spatial.shape and torch.allclose(view, spatial) for view in views)
+
+
+def _has_3d_weights(model: nn.Module) -> bool:
+    return any(weight.ndim == 5 for weight in model.parameters())

@@ -106,7 +106,8 @@ def test_tokens_of_a_layer_are_those_of_a_full_pass(name: str) -> None:
             output = output.flatten(1, 2)
         else:
             output = output.flatten(2).transpose(1, 2)
-        torch.testing.assert_close(found, output)
+        # The encoder runs channels-last, the untouched model does not: sums are taken in another order.
+        torch.testing.assert_close(found, output, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()

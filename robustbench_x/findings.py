@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from robustbench_x.result import Finding, Level
 
-__all__ = ["FINDINGS", "FindingKind", "finding"]
+__all__ = ["FINDINGS", "FindingKind", "finding", "render_page"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,3 +180,17 @@ FINDINGS: dict[str, FindingKind] = {
 def finding(kind: str, message: str, cell: str | None = None) -> Finding:
     """A finding of a known kind about `cell`, or about the run."""
     return Finding(id=kind, level=FINDINGS[kind].level, message=message, cell=cell)
+
+
+def render_page() -> str:
+    """The documentation's page of findings, as Markdown."""
+    lines = [
+        "# Findings",
+        "",
+        "Every doubt the harness can raise about an evaluation. `error`: the figures it concerns cannot be trusted;",
+        "with a policy or `--strict` the run ends with exit code 4. This page is made from the catalogue in",
+        "`robustbench_x/findings.py` (`RBX_REGENERATE=1 make test`).",
+    ]
+    for name, kind in FINDINGS.items():
+        lines += ["", f"## {name}", "", f"**{kind.level}**: {kind.title}. {kind.advice}", "", f"Source: {kind.source}."]
+    return "\n".join(lines) + "\n"

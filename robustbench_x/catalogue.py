@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from robustbench_x.data.dataset import DataSource
+from robustbench_x.encoders.source import EncoderSource
 from robustbench_x.errors import UnknownNameError
 from robustbench_x.plugin import AttackSpec, DefenseSpec
 from robustbench_x.registry import Registry
@@ -15,15 +17,12 @@ def catalogue(registry: Registry) -> dict[str, list[dict[str, Any]]]:
     return {
         "attacks": [_attack(registry, spec) for spec in registry.attacks.values()],
         "defenses": [_defense(registry, spec) for spec in registry.defenses.values()],
-        "encoders": [
-            {"name": s.scheme, "usage": s.usage, "names": list(s.names), "summary": s.summary}
-            for s in registry.encoders.values()
+        "encoders": [{**_source(s), "from": registry.encoders.origin(s.scheme)} for s in registry.encoders.values()],
+        "heads": [
+            {"name": s.name, "from": registry.heads.origin(s.name), "summary": s.summary}
+            for s in registry.heads.values()
         ],
-        "heads": [{"name": s.name, "summary": s.summary} for s in registry.heads.values()],
-        "data": [
-            {"name": s.scheme, "usage": s.usage, "names": list(s.names), "summary": s.summary}
-            for s in registry.data.values()
-        ],
+        "data": [{**_source(s), "from": registry.data.origin(s.scheme)} for s in registry.data.values()],
     }
 
 
@@ -43,22 +42,23 @@ def describe_entry(registry: Registry, name: str) -> dict[str, Any]:
         head = registry.heads[name]
         return {"kind": "head", "name": head.name, "summary": head.summary, "settings": dict(head.settings or {})}
     scheme = name.partition(":")[0]
-    for kind, table in (("encoder source", registry.encoders), ("data source", registry.data)):
-        if scheme in table and (scheme == name or _has(table[scheme], name)):
-            entry = table[scheme]
-            return {
-                "kind": kind,
-                "name": entry.scheme,
-                "usage": entry.usage,
-                "names": list(entry.names),
-                "summary": entry.summary,
-            }
+    found = [
+        {"kind": kind, **_source(table[scheme])}
+        for kind, table in (("encoder source", registry.encoders), ("data source", registry.data))
+        if scheme in table and (scheme == name or _has(table[scheme], name))
+    ]
+    if found:
+        return {**found[0], "also": found[1]} if len(found) > 1 else found[0]
     known = [*registry.attacks, *registry.defenses, *registry.heads]
     known += [f"{s}:{n}" for t in (registry.encoders, registry.data) for s in t for n in t[s].names]
     raise UnknownNameError("name", name, [*known, *registry.encoders, *registry.data])
 
 
-def _has(entry: Any, name: str) -> bool:
+def _source(entry: EncoderSource | DataSource) -> dict[str, Any]:
+    return {"name": entry.scheme, "usage": entry.usage, "names": list(entry.names), "summary": entry.summary}
+
+
+def _has(entry: EncoderSource | DataSource, name: str) -> bool:
     rest = name.partition(":")[2].partition("?")[0]
     return not entry.names or rest in entry.names
 

@@ -1,21 +1,27 @@
 """Two runs side by side: what got better, what got worse, and what cannot be told."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from robustbench_x.errors import ConfigError, UsageError, near_matches
 from robustbench_x.metrics import METRICS
 from robustbench_x.pairing import EVENTS, Discordance, discordant, rows_by_cell
+from robustbench_x.report.inert import plain
 from robustbench_x.result import read_report
 from robustbench_x.stats import mcnemar_exact, paired_difference
 
 __all__ = ["Change", "compare_runs", "print_changes"]
+
+_ORDER: tuple[Literal["worse", "better", "cannot be told"], ...] = ("worse", "better", "cannot be told")
+_STYLE = {"worse": "bold red", "better": "bold green", "cannot be told": "dim"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +65,17 @@ def compare_runs(run_a: Path, run_b: Path, metric: str) -> list[Change]:
 
 def print_changes(changes: Sequence[Change], metric: str, console: Console) -> None:
     """Prints a table, worse cells first."""
-    table = Table(title=f"{metric}, A to B, paired per sample", title_justify="left")
-    for column in ("verdict", "cell", "pairs", "A", "B", "change [95 %]", "McNemar p"):
-        table.add_column(column, justify="left" if column in ("verdict", "cell") else "right")
-    order = ("worse", "better", "cannot be told")
-    for c in sorted(changes, key=lambda c: order.index(c.verdict)):
+    counts = Counter(c.verdict for c in changes)
+    console.print(Text(f"{metric}: {', '.join(f'{counts[word]} {word}' for word in _ORDER)}", style="bold"))
+    console.print(Text("A to B, paired sample by sample, [95 % interval]", style="dim"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("cell", "pairs", "A", "B", "change", "p"):
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=column != "cell")
+    for c in sorted(changes, key=lambda c: _ORDER.index(c.verdict)):
         interval = "-" if c.change is None else f"{c.change:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
         figures = (_plain(c.before), _plain(c.after), interval, _plain(c.p))
-        table.add_row(c.verdict, escape(c.cell), str(c.pairs), *figures)
+        cell = Text(c.verdict, style=_STYLE[c.verdict]).append(f"\n{plain(c.cell)}", style="default")
+        table.add_row(cell, str(c.pairs), *figures)
     console.print(table)
 
 

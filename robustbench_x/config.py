@@ -163,7 +163,9 @@ class AuditConfig(_Frozen):
         """The configuration as plain values that load back to the same audit."""
         values = self.model_dump(mode="json", exclude_none=True)
         short = [format_eps(eps) for eps in self.eps]
-        values["eps"] = [t if parse_number(t) == eps else eps for t, eps in zip(short, self.eps, strict=True)]
+        values["eps"] = [
+            t if "/" in t and parse_number(t) == eps else eps for t, eps in zip(short, self.eps, strict=True)
+        ]
         return values
 
     def to_toml(self) -> str:
@@ -248,8 +250,9 @@ def override(
     """`base` with command-line flags on top.
 
     On a file, `encoder`, `head` and `data` replace those of every target, and an attack or defence that the
-    file lists keeps the file's parameters. The defence `none` stands for no defence at all. On the embedded default, naming any of the three starts a new
+    file lists keeps the file's parameters. On the embedded default, naming any of the three starts a new
     audit: one target, no defence, and the default attacks at their own full settings rather than the quick ones.
+    The defence `none` stands for no defence at all.
 
     Raises:
         ConfigError: A value does not fit.

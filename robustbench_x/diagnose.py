@@ -248,9 +248,9 @@ def check_pair(record: CellRecord, other: CellRecord, kind: str) -> list[Finding
     if significant:
         return [finding("weaker_than_noise", text, record.cell.id)]
     if (beaten := _behind_noise(record, other, both & ~mine)) is not None:
-        kind = finding("no_better_than_noise", beaten, record.cell.id)
+        doubt = finding("no_better_than_noise", beaten, record.cell.id)
         # A gradient that skips the defence may honestly lead nowhere; then another level has to be the evidence.
-        return [kind.model_copy(update={"level": "warning"})] if record.cell.knowledge == "bpda" else [kind]
+        return [doubt.model_copy(update={"level": "warning"})] if record.cell.knowledge == "bpda" else [doubt]
     if record.spec.access == "whitebox" and lost > 0.01 * int(both.sum()):
         return [finding("noise_breaks_others", text, record.cell.id)]
     return []

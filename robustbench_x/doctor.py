@@ -59,11 +59,18 @@ def _extra(module: str, distribution: str, extra: str, purpose: str) -> Check:
     if importlib.util.find_spec(module) is None:
         fix = f"pip install 'robustbench-x[{extra}]'"
         return Check(name=distribution, ok=False, found=f"not installed; {purpose} needs it", fix=fix, optional=True)
-    return Check(name=distribution, ok=True, found=f"{version(distribution)}, for {purpose}", optional=True)
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        found = "version unknown"
+    return Check(name=distribution, ok=True, found=f"{found}, for {purpose}", optional=True)
 
 
 def _devices() -> list[Check]:
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        return [Check(name="cpu", ok=False, found=f"torch cannot be imported: {error}", fix="pip install torch")]
 
     checks = [Check(name="cpu", ok=True, found=f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
@@ -75,10 +82,12 @@ def _devices() -> list[Check]:
 
 
 def _plugins() -> Check:
-    from robustbench_x.registry import load_registry
-
     try:
+        from robustbench_x.registry import load_registry
+
         registry = load_registry()
+    except (ImportError, OSError) as error:
+        return Check(name="plugins", ok=False, found=f"cannot be imported: {error}", fix="pip install robustbench-x")
     except PluginError as error:
         return Check(name="plugins", ok=False, found=str(error), fix="reinstall or uninstall that plugin")
     found = f"{len(registry.attacks)} attacks, {len(registry.defenses)} defences"

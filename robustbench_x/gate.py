@@ -86,7 +86,7 @@ def decide(
         return Decision(exit_code=3, answer="unknown", reason=f"{errors} of {total} judgements ended in an error")
     failed = [v for v in verdicts or () if v.verdict != "pass"]
     if failed:
-        reason = f"{len(failed)} of {_gates(verdicts)} failed, first {failed[0].message} ({failed[0].cell})"
+        reason = f"{len(failed)} of {_gates(verdicts)} failed, first: {failed[0].message}; {failed[0].cell}"
         return Decision(exit_code=1, answer="no", reason=reason)
     if doubts:
         doubt = f"{doubts[0].id}: {doubts[0].message} ({doubts[0].cell or 'the whole run'})"

@@ -38,6 +38,6 @@ def format_eps(eps: float) -> str:
     ('4/255', '0.5')
     """
     steps = eps * 255
-    if eps and abs(steps - round(steps)) < 1e-6 and round(steps) <= 64:
+    if abs(steps - round(steps)) < 1e-6 and 1 <= round(steps) <= 64:
         return f"{round(steps)}/255"
     return f"{eps:g}"

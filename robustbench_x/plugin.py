@@ -14,7 +14,7 @@ from robustbench_x.numbers import parse_number
 from robustbench_x.threat import Norm
 from robustbench_x.views import Access, Knowledge, View
 
-__all__ = ["Attack", "AttackSpec", "Defense", "DefenseSpec", "Param", "StandInDefense", "param"]
+__all__ = ["Attack", "AttackSpec", "Defense", "DefenseSpec", "Param", "StandInDefense", "check_spec", "param"]
 
 ViewT = TypeVar("ViewT", bound=View, contravariant=True)
 
@@ -169,16 +169,20 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
     where = f"{kind} '{spec.name}'"
     if not spec.name or spec.name.split() != [spec.name]:
         raise PluginError(f"{where}: a name is one word without spaces")
+    if spec.name in ("none", "worst_case") or (spec.name == "noise" and kind == "defence"):
+        raise PluginError(f"{where}: this name has a meaning of its own in reports; choose another")
     if not spec.summary or not spec.source:
         raise PluginError(f"{where}: summary and source must say something")
-    if not dataclasses.is_dataclass(spec.factory):
+    if not isinstance(spec.factory, type) or not dataclasses.is_dataclass(spec.factory):
         raise PluginError(f"{where}: its factory must be a dataclass, so that its parameters can be listed and stored")
     methods = ["run"] if isinstance(spec, AttackSpec) else ["apply"]
     if isinstance(spec, AttackSpec):
         _check_choices(where, "access", (spec.access,), typing.get_args(Access))
         _check_choices(where, "norms", spec.norms, typing.get_args(Norm))
+        _check_choices(where, "goal", (spec.goal,), ("untargeted", "targeted"))
     else:
         _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
+        _check_choices(where, "gradient", (spec.gradient,), ("exact", "stand-in"))
         methods += ["stand_in"] if spec.gradient == "stand-in" else []
     for method in methods:
         if not callable(getattr(spec.factory, method, None)):
@@ -186,16 +190,25 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
     for p in spec.params:
         if p.default is dataclasses.MISSING:
             raise PluginError(f"{where}: parameter '{p.name}' has no default")
+        if p.name in ("name", "label", "knowledge"):
+            raise PluginError(f"{where}: '{p.name}' is a key of audit.toml; give the parameter another name")
 
 
 def _check_choices(where: str, what: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not values or any(value not in known for value in values):
-        raise PluginError(f"{where}: {what} {values} must be among {known}")
+    wrong = [value for value in values if value not in known] if isinstance(values, tuple) else [values]
+    if wrong or not values:
+        given = f"'{wrong[0]}'" if wrong else "nothing"
+        raise PluginError(f"{where}: {what} is {given}; choose from {', '.join(known)}")
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    if hint is float or (typing.get_args(hint) and float in typing.get_args(hint) and isinstance(value, str)):
-        value = parse_number(value) if isinstance(value, str) else value
+    if isinstance(value, bool) and hint is not bool and bool not in typing.get_args(hint):
+        raise ConfigError(f"{name}={str(value).lower()}: expected {_type_name(hint)}")
+    try:
+        if isinstance(value, str) and (hint is float or float in typing.get_args(hint)):
+            value = parse_number(value)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:

@@ -77,43 +77,60 @@ class Registry:
 
     def add_attack(self, spec: AttackSpec) -> None:
         """Registers an attack; PluginError when it is malformed or its name is taken."""
+        _check_type("add_attack", spec, AttackSpec)
         check_spec(spec)
         self.attacks.add(spec.name, spec, origin=self._origin)
 
     def add_defense(self, spec: DefenseSpec) -> None:
         """Registers a defence; PluginError when it is malformed or its name is taken."""
+        _check_type("add_defense", spec, DefenseSpec)
         check_spec(spec)
-        if spec.name == "none":
-            raise PluginError("defence 'none' is the undefended control; choose another name")
         self.defenses.add(spec.name, spec, origin=self._origin)
 
     def add_encoder(self, source: EncoderSource) -> None:
-        """Registers a scheme that encoders load by."""
+        """Registers a scheme that encoders load by; PluginError when it is malformed or taken."""
+        _check_type("add_encoder", source, EncoderSource)
+        _check_word("encoder source", source.scheme)
         self.encoders.add(source.scheme, source, origin=self._origin)
 
     def add_head(self, spec: HeadSpec) -> None:
-        """Registers a kind of head."""
+        """Registers a kind of head; PluginError when it is malformed or its name is taken."""
+        _check_type("add_head", spec, HeadSpec)
+        _check_word("head", spec.name)
         self.heads.add(spec.name, spec, origin=self._origin)
 
     def add_data(self, source: DataSource) -> None:
-        """Registers a scheme that data sets open by."""
+        """Registers a scheme that data sets open by; PluginError when it is malformed or taken."""
+        _check_type("add_data", source, DataSource)
+        _check_word("data source", source.scheme)
         self.data.add(source.scheme, source, origin=self._origin)
 
-    def load(self, register: Callable[["Registry"], None], *, origin: str) -> None:
-        """Runs a plugin's `register`, with every failure named after `origin`.
+    def load(self, register: Callable[["Registry"], None], *, origin: str, title: str = "") -> None:
+        """Runs a plugin's `register`; what it adds comes from `origin`, and its failures are named after `title`.
 
         Raises:
             PluginError: The plugin raised, or registered something malformed.
         """
         previous, self._origin = self._origin, origin
+        title = title or origin
         try:
             register(self)
         except PluginError as error:
-            raise PluginError(f"plugin {origin}: {error}") from error
-        except Exception as error:
-            raise PluginError(f"plugin {origin} failed to register: {type(error).__name__}: {error}") from error
+            raise PluginError(f"plugin {title}: {error}") from error
+        except (Exception, SystemExit) as error:  # a plugin that leaves must not end an audit with its own code
+            raise PluginError(f"plugin {title} failed to register: {type(error).__name__}: {error}") from error
         finally:
             self._origin = previous
+
+
+def _check_type(method: str, spec: object, wanted: type) -> None:
+    if not isinstance(spec, wanted):
+        raise PluginError(f"{method} takes a {wanted.__name__}, got {type(spec).__name__}")
+
+
+def _check_word(kind: str, name: str) -> None:
+    if not name or name.split() != [name] or ":" in name:
+        raise PluginError(f"{kind} '{name}': a name is one word without spaces or colons")
 
 
 @functools.cache
@@ -132,12 +149,12 @@ def load_registry() -> Registry:
         origin = f"{owner} (entry point {entry.name} = {entry.value})"
         try:
             register = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"plugin {origin} cannot be imported: {type(error).__name__}: {error}; "
                 f"fix it or run: pip uninstall {owner}"
             ) from error
-        registry.load(register, origin=owner)
+        registry.load(register, origin=owner, title=origin)
     return registry
 
 

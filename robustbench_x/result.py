@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict
 
-from robustbench_x.errors import RunError
+from robustbench_x.errors import RunError, UsageError
 from robustbench_x.store import write_atomically
 
 __all__ = [
@@ -205,15 +205,14 @@ def read_report(run: Path) -> Report:
     """The report of a run folder, or of a `report.json` itself.
 
     Raises:
-        RunError: It is missing, damaged, or of another schema version; names the file and the field.
+        UsageError: There is no run.
+        RunError: It is unfinished, damaged, or of another schema version; names the file and the field.
     """
     path = run / "report.json" if run.is_dir() else run
     if not path.exists():
-        unfinished = run.is_dir() and (run / ".state").exists()
-        hint = (
-            "the audit was interrupted; run the same rbx audit again with this --out" if unfinished else "no run here"
-        )
-        raise RunError(f"{path} does not exist: {hint}")
+        if run.is_dir() and (run / ".state").exists():
+            raise RunError(f"{run} holds an interrupted audit; run the same rbx audit again with --out {run}")
+        raise UsageError(f"there is no run at {run}: no {path.name} is there")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -89,8 +89,8 @@ def samples_to_decide(successes: int, n: int, threshold: float, confidence: floa
     """The smallest sample size at which the Wilson interval around the same rate would clear `threshold`.
 
     Clearing means that the threshold is not strictly inside the interval. The rate is kept as it is, even where
-    no whole number of successes gives it. None when no sample size would do: the rate equals the threshold,
-    or there is no rate (`n` is 0).
+    no whole number of successes gives it. None when no sample size would do: the rate equals the threshold
+    to 15 digits, or there is no rate (`n` is 0).
 
     Raises:
         ValueError: The counts are no counts, or `threshold` is not finite.
@@ -99,9 +99,10 @@ def samples_to_decide(successes: int, n: int, threshold: float, confidence: floa
     if not math.isfinite(threshold):
         raise ValueError(f"the threshold must be finite, got {threshold}")
     z = _quantile(confidence)
-    if n == 0 or successes / n == threshold:
+    rate = successes / n if n else threshold
+    # Squared, since a gap of 1e-200 is as good as none.
+    if (gap := (rate - threshold) ** 2) < 1e-30:
         return None
-    rate = successes / n
     if not 0 < threshold < 1:
         return 1
 
@@ -110,7 +111,7 @@ def samples_to_decide(successes: int, n: int, threshold: float, confidence: floa
         return high <= threshold or low >= threshold
 
     # The interval holds every t with (rate - t)^2 <= z^2 t (1 - t) / size, so this solves for size.
-    size = max(1, math.ceil(z * z * threshold * (1 - threshold) / (rate - threshold) ** 2))
+    size = max(1, math.ceil(z * z * threshold * (1 - threshold) / gap))
     if size > 1 and clears(size - 1):
         return size - 1
     return size if clears(size) else size + 1

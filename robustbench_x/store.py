@@ -204,7 +204,10 @@ def read_rows(path: Path) -> pa.Table:
     missing = [name for name in ROWS.names if name not in table.column_names]
     if missing:
         raise RunError(f"{path} has no column {', '.join(missing)}")
-    return table.select(ROWS.names).cast(ROWS)
+    try:
+        return table.select(ROWS.names).cast(ROWS)
+    except pa.ArrowInvalid as error:
+        raise RunError(f"{path} does not hold the columns of a run: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import typer
 from robustbench_x._version import __version__
 from robustbench_x.cli import _audit, _catalogue, _compare, _doctor, _gate, _init, _report
 from robustbench_x.errors import RobustbenchError
+from robustbench_x.report.inert import plain
 
 __all__ = ["app", "main"]
 
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         app()
     except RobustbenchError as error:
-        typer.echo(f"rbx: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"rbx: {plain(str(error), 2000)}", err=True)
         sys.exit(error.exit_code)
     except Exception:  # noqa: BLE001 - our own bug: shown in full, and never with the code of a failed gate
         traceback.print_exc()

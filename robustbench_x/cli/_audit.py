@@ -20,7 +20,9 @@ def audit(
     data: Annotated[list[str] | None, typer.Option("--data", "-d", help="Data source; repeatable.")] = None,
     surrogate: Annotated[str | None, typer.Option(help="Unlabelled images an encoder-level attacker owns.")] = None,
     attack: Annotated[list[str] | None, typer.Option("--attack", "-a", help="Attack; repeatable.")] = None,
-    defense: Annotated[list[str] | None, typer.Option("--defense", "-D", help="Defence; repeatable.")] = None,
+    defense: Annotated[
+        list[str] | None, typer.Option("--defense", "-D", help="Defence; repeatable. none: no defence.")
+    ] = None,
     eps: Annotated[list[str] | None, typer.Option(help="Budget in [0, 1] units, e.g. 8/255; repeatable.")] = None,
     norm: Annotated[str | None, typer.Option(help="linf, l2 or patch.")] = None,
     samples: Annotated[int | None, typer.Option(help="Evaluated images per data set, stratified.")] = None,
@@ -31,7 +33,7 @@ def audit(
     mode: Annotated[str | None, typer.Option(help="verdict (fooled images leave the batch) or exhaustive.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<date>-<time>-<encoder>.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Gate policy to judge the result by.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Run that a policy's [baseline] compares with.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Run that the policy's baseline rule compares with.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Unreliable evaluations end with exit code 4.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run of the same audit.")] = True,
     shard: Annotated[str | None, typer.Option(help="Evaluate share i of n, e.g. 1/4.")] = None,

@@ -33,16 +33,19 @@ def list_(
         return
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    from robustbench_x.report.inert import plain
 
     for name, rows in chosen.items():
-        table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        Console().print(Text(name, style="bold"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         columns = _COLUMNS[name]
         for column in columns:
             table.add_column(column, no_wrap=column in ("name", "access"), overflow="fold")
         for row in rows:
-            table.add_row(*(escape(_text(row[column])) for column in columns))
+            table.add_row(*(Text(plain(_text(row[column]))) for column in columns))
         Console().print(table)
 
 
@@ -63,7 +66,7 @@ def describe(
             typer.echo("parameters:" if value else "parameters: none")
             for p in value:
                 typer.echo(f"  {p['name']} = {p['default']!r} ({p['type']}): {p['help']}")
-        elif key != "documentation":
+        elif key != "documentation" and value not in ("", [], {}):
             typer.echo(f"{key}: {_text(value)}")
     if entry.get("documentation"):
         typer.echo(f"\n{entry['documentation']}")
@@ -82,6 +85,8 @@ _COLUMNS = {
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry not in ("", []))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)

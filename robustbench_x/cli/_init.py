@@ -19,6 +19,8 @@ def init(
 
     presets = files("robustbench_x") / "presets"
     targets = {name: directory / name for name in ("audit.toml", "gate.toml")}
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file; name a folder")
     existing = [str(path) for path in targets.values() if path.exists()]
     if existing and not force:
         raise UsageError(f"{', '.join(existing)} exists already; --force overwrites it")

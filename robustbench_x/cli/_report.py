@@ -23,6 +23,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
 ) -> None:
     """Render a view of a finished run."""
+    from robustbench_x.errors import UsageError
     from robustbench_x.gate import decide
     from robustbench_x.report.flat import render_csv
     from robustbench_x.report.markdown import render_markdown
@@ -40,4 +41,7 @@ def report(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        write_atomically(out, text)
+        try:
+            write_atomically(out, text)
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written: {(error.strerror or str(error)).lower()}") from error

@@ -6,7 +6,10 @@ import re
 __all__ = ["html_text", "markdown_text", "plain", "spreadsheet_text"]
 
 _CUT = 300
-_MARKDOWN = re.compile(r"([\\`*\[\]~|])")
+_MARKDOWN = re.compile(r"[\\`*~|]|\](?=[(\[:])")
+_HTML = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])")
+_MENTION = re.compile(r"(?<!\w)@(?=\w)")
+_NO_MENTION = "@&#8203;"  # a space of no width: GitHub decodes entities before it looks for people to tell
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -26,17 +29,17 @@ def plain(text: str, limit: int | None = _CUT) -> str:
 def markdown_text(text: str, limit: int = _CUT) -> str:
     """`text` for a Markdown paragraph or table cell: no table break, no HTML, no emphasis, link or mention.
 
-    An underscore inside a word stays as it is: GitHub does not read it as emphasis.
+    Only what would be obeyed is escaped, so that figures such as `[0.1, 0.2]` and `<= 0.3` stay readable as source.
     """
-    text = html.escape(plain(text, limit), quote=False)
-    text = _MARKDOWN.sub(r"\\\1", text)
+    text = _HTML.sub(lambda match: html.escape(match[0]), plain(text, limit))
+    text = _MARKDOWN.sub(lambda match: f"\\{match[0]}", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
-    return re.sub(r"(?<!\w)@", "&#64;", text)
+    return _MENTION.sub(_NO_MENTION, text)
 
 
 def html_text(text: str) -> str:
     """`text` inside an HTML element, where Markdown is not read."""
-    return html.escape(plain(text))
+    return _MENTION.sub(_NO_MENTION, html.escape(plain(text)))
 
 
 def spreadsheet_text(text: str) -> str:

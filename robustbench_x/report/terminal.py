@@ -70,11 +70,11 @@ def _title(encoder: str, head: str, data: str, cells: Sequence[CellResult]) -> T
 
 
 def _victim_table(cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     several = len({threat_text(cell.threat) for cell in cells}) > 1
     for name in ("attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"):
         left = name in ("attack", "defence")
-        least = {"attack": 10, "defence": 7}.get(name)
+        least = {"attack": 10, "defence": 11}.get(name)
         table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold", min_width=least)
     for cell in cells:
         table.add_row(*_row(cell, several), style="dim" if cell.control else "")

@@ -37,35 +37,43 @@ RESIZES = "its random resizing pads to a square"
 
 
 def steps(default: int, argument: str = "steps", low: int = 1) -> Knob:
+    """Gradient steps."""
     return Knob(name="steps", default=default, help="gradient steps", argument=argument, low=low)
 
 
 def step_size(rule: str = "2.5 * eps / steps") -> Knob:
+    """The size of a step; None leaves it to `rule`."""
     text = f"in [0, 1] units; default {rule}"
     return Knob(name="step_size", default=None, help=text, argument="alpha", kind=float | None)
 
 
 def start(default: bool) -> Knob:
+    """Whether it starts at a random point."""
     return Knob(name="random_start", default=default, help="start from a random point", argument="random_start")
 
 
 def decay(default: float = 1.0) -> Knob:
+    """The share of the momentum that is kept."""
     return Knob(name="decay", default=default, help="share of the momentum kept per step", argument="decay")
 
 
 def restarts() -> Knob:
+    """Random restarts."""
     return Knob(name="restarts", default=1, help="random restarts", argument="n_restarts", low=1)
 
 
 def real(name: str, default: float, help: str, argument: str = "", high: float = float("inf")) -> Knob:  # noqa: A002
+    """A number of at most `high`."""
     return Knob(name=name, default=default, help=help, argument=argument or name, high=high)
 
 
 def count(name: str, default: int, help: str, argument: str = "") -> Knob:  # noqa: A002
+    """A whole number of at least 1."""
     return Knob(name=name, default=default, help=help, argument=argument or name, low=1)
 
 
 def choice(name: str, default: str, help: str, kind: Any, argument: str = "") -> Knob:  # noqa: A002
+    """A parameter with a closed list of values; `kind` is their `Literal`."""
     return Knob(name=name, default=default, help=help, argument=argument or name, kind=kind)
 
 

@@ -55,12 +55,17 @@ class Threat(_Stored):
 
 
 class Finding(_Stored):
-    """A doubt about the evaluation: with level `error` its figures cannot be trusted. No `cell` means the whole run."""
+    """A doubt about the evaluation: with level `error` its figures cannot be trusted.
+
+    `cell` names the cell, or the victim as one attacker sees it, in which case `applies_to` lists its cells; no
+    `cell` means the whole run.
+    """
 
     id: str
     level: Level
     message: str
     cell: str | None = None
+    applies_to: tuple[str, ...] = ()
 
 
 class Flag(_Stored):

@@ -3,9 +3,12 @@
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustbench_x import __version__
@@ -17,7 +20,7 @@ from robustbench_x.registry import Registry
 from robustbench_x.result import DataInfo, EncoderInfo, Finding, HeadInfo, Report, RunInfo, write_report
 from robustbench_x.store import RunFolder, write_atomically
 
-__all__ = ["finish", "now"]
+__all__ = ["Evidence", "finish", "make_report", "now", "write_results"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "kornia", "torchattacks", "numpy", "pillow", "pyarrow")
 
@@ -30,34 +33,79 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
     """
     stages = [_note(folder, f"stage-{n}") for n in range(len(plan.stages))]
     probes = [Finding(**f) for n in range(len(stages)) for f in _note(folder, f"probes-{n}")["findings"]]
-    rows = folder.rows()
-    classes = {(h["encoder"], h["data"], h["head"]): h["num_classes"] for s in stages for h in s["heads"]}
-    evaluated = {(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages}
-    records = assemble_cells(rows, plan, config, registry, num_classes=classes, evaluated=evaluated)
-    findings = [*probes, *_training_findings(stages), *cell_findings(records)]
-    params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
-    cells = tuple(
-        cell_result(record, [f for f in findings if f.cell == cell], params=params[record.cell.attack])
-        for cell, record in records.items()
-    )
-    report = Report(
-        status="error" if any(cell.n_errors for cell in cells) else "complete",
-        run=_run_info(folder, plan, config),
-        config=config.replay(),
+    evidence = Evidence(
+        rows=folder.rows(),
         encoders=tuple({s["encoder"]["source"]: EncoderInfo(**s["encoder"]) for s in stages}.values()),
         heads=tuple(HeadInfo(**h) for s in stages for h in s["heads"]),
         data=tuple(DataInfo(**s["data"]) for s in stages),
+        evaluated={(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages},
+        probes=tuple(probes),
+    )
+    report = make_report(evidence, _run_info(folder, plan, config), plan, config, registry)
+    write_results(report, evidence.rows, config, folder.path)
+    folder.finish()
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a report is made from: rows, and what they were measured on.
+
+    `evaluated` is the number of samples of each (encoder, data); `probes` are findings about victims.
+    """
+
+    rows: pa.Table
+    encoders: tuple[EncoderInfo, ...]
+    heads: tuple[HeadInfo, ...]
+    data: tuple[DataInfo, ...]
+    evaluated: Mapping[tuple[str, str], int]
+    probes: tuple[Finding, ...]
+
+
+def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfig, registry: Registry) -> Report:
+    """The report that `evidence` makes; nothing is written.
+
+    Raises:
+        RunError: A cell lacks a sample, or has one twice.
+    """
+    records = assemble_cells(
+        evidence.rows,
+        plan,
+        config,
+        registry,
+        num_classes={(h.encoder, h.data, h.head): h.num_classes for h in evidence.heads},
+        evaluated=evidence.evaluated,
+    )
+    findings = [*evidence.probes, *_training_findings(evidence.heads), *cell_findings(records)]
+    params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
+    cells = tuple(
+        cell_result(
+            record,
+            [f for f in findings if f.cell == cell or cell in f.applies_to],
+            params=params[record.cell.attack],
+        )
+        for cell, record in records.items()
+    )
+    return Report(
+        status="error" if any(cell.n_errors for cell in cells) else "complete",
+        run=run,
+        config=config.replay(),
+        encoders=evidence.encoders,
+        heads=evidence.heads,
+        data=evidence.data,
         cells=cells,
         worst_case=worst_cases(records),
         findings=tuple(findings),
     )
-    partial = folder.path / "samples.parquet.partial"
+
+
+def write_results(report: Report, rows: pa.Table, config: AuditConfig, out: Path) -> None:
+    """Writes `samples.parquet`, `audit.toml`, and last `report.json`, each atomically."""
+    partial = out / "samples.parquet.partial"
     pq.write_table(rows.sort_by([("cell", "ascending"), ("position", "ascending")]), partial)
-    partial.replace(folder.path / "samples.parquet")
-    write_atomically(folder.path / "audit.toml", config.to_toml())
-    write_report(report, folder.path)
-    folder.finish()
-    return report
+    partial.replace(out / "samples.parquet")
+    write_atomically(out / "audit.toml", config.to_toml())
+    write_report(report, out)
 
 
 def now() -> str:
@@ -89,13 +137,13 @@ def _run_info(folder: RunFolder, plan: Plan, config: AuditConfig) -> RunInfo:
     )
 
 
-def _training_findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _training_findings(heads: Sequence[HeadInfo]) -> list[Finding]:
     """Training images that could not be read, once per head."""
     found = []
-    for head in (h for s in stages for h in s["heads"]):
-        count, names = head["settings"].get("unreadable", 0), head["settings"].get("unreadable_first", [])
+    for head in heads:
+        count, names = head.settings.get("unreadable", 0), head.settings.get("unreadable_first", [])
         if count:
-            text = f"{head['data']}, head {head['head']}: {count} training images left out: {'; '.join(names)}"
+            text = f"{head.data}, head {head.head}: {count} training images left out: {'; '.join(names)}"
             found.append(finding("unreadable_images", text))
     return found
 

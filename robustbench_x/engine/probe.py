@@ -1,6 +1,6 @@
 """Checks of every victim of a stage before it is attacked, with each attacker's view of it, on a few images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,17 +29,17 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
     threat = next((c.threat for c in stage.stage.crafts if c.threat.radius > 0), None)
     random = SampleRandom(range(len(images)), device=images.device)
     both = images if threat is None else torch.cat([images, threat.noise(images, random)])
-    source, data = stage.stage.encoder, stage.stage.data
+    source, data, crafts = stage.stage.encoder, stage.stage.data, stage.stage.crafts
     found: list[Finding] = []
 
-    def guarded(where: str, probe: Callable[[], list[Finding]]) -> list[Finding]:
-        """A probe's findings about `where`; a probe that fails is itself a finding, never silence."""
+    def guarded(where: str, cells: Sequence[str], probe: Callable[[], list[Finding]]) -> list[Finding]:
+        """A probe's findings about `where`, for `cells`; a probe that fails is itself a finding, never silence."""
         try:
             with isolated(derive_seed(stage.seed, "probe", where), stage.device):
                 results = probe()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes an error-level finding
             results = [finding("probe_failed", f"{type(error).__name__}: {error}")]
-        return [f.model_copy(update={"cell": where}) for f in results]
+        return [f.model_copy(update={"cell": where, "applies_to": tuple(cells)}) for f in results]
 
     def forward(shield: str, head: FittedHead) -> list[Finding]:
         return probe_victim(both, stage.defended(shield), head)
@@ -54,13 +54,16 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
 
     for shield in stage.shields:
         for name, head in stage.heads.items():
-            found += guarded(f"{source} | {name} | {data} | {shield}", lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
-    views: dict[tuple[str, str, str | None], Craft] = {}
-    for craft in stage.stage.crafts:
+            where = f"{source} | {name} | {data} | {shield}"
+            about = [c.id for craft in crafts for c in craft.cells if (c.defense, c.head) == (shield, name)]
+            found += guarded(where, about, lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
+    views: dict[tuple[str, str, str | None], list[Craft]] = {}
+    for craft in crafts:
         if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:
-            views.setdefault((craft.seen, craft.knowledge, craft.head), craft)
-    for (shield, knowledge, seen_head), craft in views.items():
+            views.setdefault((craft.seen, craft.knowledge, craft.head), []).append(craft)
+    for (shield, knowledge, seen_head), alike in views.items():
         shown = shield if shield == UNDEFENDED else f"{shield}:{knowledge}"
         where = f"{source} | {seen_head or 'features'} | {data} | {shown}"
-        found += guarded(where, lambda c=craft: backward(c))  # type: ignore[misc]
+        about = [cell.id for craft in alike for cell in craft.cells]
+        found += guarded(where, about, lambda c=alike[0]: backward(c))  # type: ignore[misc]
     return found

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from robustbench_x.errors import ConfigError, UsageError, near_matches
 from robustbench_x.metrics import METRICS
-from robustbench_x.pairing import EVENTS, Discordance, discordant, rows_by_cell
+from robustbench_x.pairing import EVENTS, Discordance, discordant, matching_cells, rows_by_cell
 from robustbench_x.report.inert import plain
 from robustbench_x.result import read_report
 from robustbench_x.stats import mcnemar_exact, paired_difference
@@ -48,19 +48,17 @@ def compare_runs(run_a: Path, run_b: Path, metric: str) -> list[Change]:
     Raises:
         ConfigError: The metric is unknown or not a per-sample rate.
         RunError: A run is damaged, or a shared cell evaluated other samples or pixels.
-        UsageError: The runs share no cell (other encoder, data, budget or attack).
+        UsageError: The runs share no cell (other data, budget or attack), or ran it with other parameters.
     """
     if metric not in EVENTS:
         near = near_matches(metric, EVENTS)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(EVENTS)}"
         raise ConfigError(f"'{metric}' cannot be compared sample by sample; {hint}")
-    cells = [cell.id for cell in read_report(run_b).cells]
-    read_report(run_a)
-    before, after = rows_by_cell(run_a), rows_by_cell(run_b)
-    shared = [cell for cell in cells if cell in before]
+    shared = matching_cells(read_report(run_b), read_report(run_a))
     if not shared:
-        raise UsageError(f"{run_a} and {run_b} share no cell: encoder, data, defence, attack and budget must agree")
-    return [_change(cell, metric, discordant(metric, after[cell], before[cell], cell)) for cell in shared]
+        raise UsageError(f"{run_a} and {run_b} share no cell: head, data, defence, attack and budget must agree")
+    before, after = rows_by_cell(run_a), rows_by_cell(run_b)
+    return [_change(b, metric, discordant(metric, after[b], before[a], b)) for b, a in shared.items()]
 
 
 def print_changes(changes: Sequence[Change], metric: str, console: Console) -> None:

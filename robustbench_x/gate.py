@@ -13,7 +13,7 @@ from typing import Literal
 
 from robustbench_x.errors import ConfigError, NothingEvaluatedError, UsageError, near_matches
 from robustbench_x.numbers import format_eps
-from robustbench_x.pairing import Rows, discordant, rows_by_cell
+from robustbench_x.pairing import Rows, discordant, matching_cells, rows_by_cell
 from robustbench_x.plan import Cell
 from robustbench_x.policy import WORST_CASE, BaselineRule, GateRule, Policy
 from robustbench_x.result import CellResult, Decision, GateVerdict, Level, Measure, Report, WorstCase, read_report
@@ -254,12 +254,13 @@ def _resolve(text: str, inconclusive: Inconclusive, *, held: bool) -> tuple[Kind
 def _judge_baseline(
     rule: BaselineRule, report: Report, run: Path, baseline: Path, inconclusive: Inconclusive
 ) -> list[GateVerdict]:
+    matched = matching_cells(report, read_report(baseline))
     mine, theirs = rows_by_cell(run), rows_by_cell(baseline)
     limits = [(n, v, 1) for n, v in rule.max_increase.items()] + [(n, v, -1) for n, v in rule.max_decrease.items()]
     verdicts = [
-        _judge_change(cell.id, metric, limit, sign, mine[cell.id], theirs[cell.id], inconclusive)
+        _judge_change(cell.id, metric, limit, sign, mine[cell.id], theirs[matched[cell.id]], inconclusive)
         for cell in report.cells
-        if cell.id in theirs and not cell.control
+        if cell.id in matched and not cell.control
         for metric, limit, sign in limits
     ]
     if not verdicts:

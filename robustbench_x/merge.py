@@ -99,7 +99,9 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "configuration": {k: v for k, v in report.config.items() if k not in machine},
             "version of robustbench_x": report.run.robustbench_x,
             "weights": [(e.source, e.sha256) for e in report.encoders],
-            "heads": [(h.encoder, h.data, h.head, h.num_classes, h.settings.get("train_samples")) for h in report.heads],
+            "heads": [
+                (h.encoder, h.data, h.head, h.num_classes, h.settings.get("train_samples")) for h in report.heads
+            ],
         }
 
     wanted = essence(reports[0])

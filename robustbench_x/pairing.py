@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robustbench_x.errors import RunError
+from robustbench_x.errors import RunError, UsageError
+from robustbench_x.result import CellResult, Report
 from robustbench_x.store import read_rows
 
-__all__ = ["EVENTS", "Discordance", "Rows", "discordant", "rows_by_cell"]
+__all__ = ["EVENTS", "Discordance", "Rows", "discordant", "matching_cells", "rows_by_cell"]
 
 Rows = dict[str, dict[str, Any]]
 """Sample id to row of one cell."""
@@ -20,6 +21,39 @@ def rows_by_cell(run: Path) -> dict[str, Rows]:
     for row in read_rows(run / "samples.parquet").to_pylist():
         table.setdefault(row["cell"], {})[row["sample"]] = row
     return table
+
+
+def matching_cells(mine: Report, theirs: Report) -> dict[str, str]:
+    """Cells of `mine` to the cells of `theirs` that measured the same thing.
+
+    Two runs of one encoder each are matched whatever the encoders are called: a new checkpoint against the old
+    one is what a comparison is mostly for. Cells that only one run has are left out.
+
+    Raises:
+        UsageError: Matching cells ran with different attack parameters, so their figures say nothing about the
+            models.
+    """
+    bump = all(len({cell.encoder for cell in report.cells}) == 1 for report in (mine, theirs))
+
+    def key(cell: CellResult) -> tuple[object, ...]:
+        names = (cell.head, cell.data, cell.defense, cell.knowledge, cell.attack, cell.threat)
+        return names if bump else (cell.encoder, *names)
+
+    known = {key(cell): cell for cell in theirs.cells}
+    matched = {}
+    for cell in mine.cells:
+        other = known.get(key(cell))
+        if other is None:
+            continue
+        if cell.params != other.params:
+            changed = [name for name in cell.params if cell.params[name] != other.params.get(name)]
+            name = changed[0] if changed else "its parameters"
+            raise UsageError(
+                f"{cell.id}: {cell.attack} ran with another {name} in the two runs "
+                f"({cell.params.get(name)} and {other.params.get(name)}), so they cannot be compared"
+            )
+        matched[cell.id] = other.id
+    return matched
 
 
 class Discordance(NamedTuple):

@@ -23,3 +23,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["RBX_CACHE"]
     else:
         os.environ["RBX_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small learnable data set with `train/` and `test/`; nobody writes to it."""
+    from project import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HERE
+from torch import Tensor
+
 from project import (
     CLASSES,
     PGD,
@@ -29,8 +30,6 @@ from project import (
     value,
     write_images,
 )
-from torch import Tensor
-
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine import run_audit
 from robustbench_x.errors import RunError, UsageError
@@ -119,7 +118,7 @@ def test_a_killed_process_resumes(images: Path, tmp_path: Path, whole: Audited, 
     out = tmp_path / "out"
     command = [sys.executable, "-c", "import sys, project; project.main(*sys.argv[1:])"]
     command += [_config(images).model_dump_json(), str(out)]
-    path = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     try:
         deadline = time.monotonic() + 60

@@ -151,7 +151,7 @@ FINDINGS: dict[str, FindingKind] = {
         source="ours",
     ),
     "no_adaptive_attack": FindingKind(
-        level="warning",
+        level="error",
         title="no attack knew the defence",
         advice="Allow knowledge bpda or full, or a query attack: images made without it say little about a defence.",
         source="Carlini et al. 2019; Tramer et al. 2020",

@@ -4,7 +4,8 @@ Candidates are checked (shape, finiteness), projected to the budget and to [0, 1
 forward passes in float32, and measured here. What cannot be judged becomes an error, never "robust".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import kornia
@@ -91,9 +92,22 @@ def read_features(images: Tensor, victim: DefendedEncoder, *, draws: int, seed: 
     count = draws if victim.stochastic else 1
     readings = []
     for draw in range(count):
-        with fresh_draw(derive_seed(seed, "judge", draw), images.device):
+        with fresh_draw(derive_seed(seed, "judge", draw), images.device), _full_precision(images.device):
             readings.append(victim.features(images))
     return Reading(features=torch.stack(readings))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 as it is written: by default torch lets CUDA convolutions round their inputs to TF32's 10 bits."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def test_the_attackers_together_must_be_evidence() -> None:
     assert _ids(check_attackers([noise, nothing], "w")) == {"zero_budget": "error"}
     blind = replace(attack, cell=_cell(defense="x", knowledge="oblivious"))
     aware = replace(attack, cell=_cell(defense="x", knowledge="bpda"))
-    assert _ids(check_attackers([blind], "w")) == {"no_adaptive_attack": "warning"}
+    assert _ids(check_attackers([blind], "w")) == {"no_adaptive_attack": "error"}
     assert check_attackers([blind, aware], "w") == []
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from project import NATIVE, PGD, Audited, audit, audit_config, defense, value
 from torch import Tensor
 
+from project import NATIVE, PGD, Audited, audit, audit_config, defense, value
 from robustbench_x.plugin import DefenseSpec, param
 
 
@@ -257,7 +257,7 @@ def test_a_defence_that_looks_at_the_batch_is_an_error(images: Path, tmp_path: P
 
 def test_a_defence_that_nobody_attacks_knowingly_is_doubted(images: Path, tmp_path: Path) -> None:
     audited = _run(images, tmp_path / "out", defense(ZeroGradient), knowledge=["oblivious"])
-    assert "no_adaptive_attack" in audited.ids("warning")
+    assert "no_adaptive_attack" in audited.ids("error")
     assert "no_adaptive_attack" not in _run(images, tmp_path / "aware", defense(ZeroGradient)).ids()
 
 

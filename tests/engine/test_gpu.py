@@ -1,0 +1,40 @@
+"""What only a CUDA device can show; skipped, and said so, where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from project import PGD, audit_config, registry
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine import run_audit
+from robustbench_x.judge import read_features
+from robustbench_x.victim import DefendedEncoder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_audit_on_the_gpu_agrees_with_the_cpu(images: Path, tmp_path: Path, precision: str) -> None:
+    reports = {}
+    for device in ("cpu", "cuda"):
+        config = audit_config(images, attacks=[PGD, {"name": "embed", "steps": 5}], defenses=["jpeg"], device=device)
+        config = config.model_copy(update={"precision": precision if device == "cuda" else "fp32"})
+        reports[device] = run_audit(config, tmp_path / device, registry=registry())
+    assert reports["cuda"].status == "complete"
+    for a, b in zip(reports["cpu"].cells, reports["cuda"].cells, strict=True):
+        assert a.metrics["clean_accuracy"] == b.metrics["clean_accuracy"]
+        before, after = a.metrics["asr"].value, b.metrics["asr"].value
+        assert before is not None
+        assert after is not None
+        assert abs(before - after) <= 0.1, a.id
+
+
+def test_verdicts_are_float32_not_tf32() -> None:
+    encoder = load_encoder("packaged:efficientnet_lite0", registry()).encoder
+    images = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    exact = read_features(images, DefendedEncoder(encoder=encoder), draws=1, seed=0).features
+    encoder.to("cuda")
+    features = read_features(images.cuda(), DefendedEncoder(encoder=encoder), draws=1, seed=0).features.cpu()
+    assert torch.backends.cudnn.allow_tf32, "the switch is put back"
+    assert (features - exact).abs().max() < 1e-3 * exact.abs().max()

@@ -248,15 +248,17 @@ def check_pair(record: CellRecord, other: CellRecord, kind: str) -> list[Finding
     text = f"{lost} samples broken by it are not broken here, {gained} the other way round"
     if kind == "bpda":
         return [finding("bpda_beats_full", text, record.cell.id)] if significant else []
+    # An attacker without the head, or blind to the defence, may honestly do less than noise; one who sees the whole
+    # victim may not.
+    sees_all = record.spec.access not in ("none", "encoder") and record.cell.knowledge in ("none", "full")
+    doubts = []
     if significant:
-        return [finding("weaker_than_noise", text, record.cell.id)]
-    if (beaten := _behind_noise(record, other, both & ~mine)) is not None:
-        doubt = finding("no_better_than_noise", beaten, record.cell.id)
-        # A gradient that skips the defence may honestly lead nowhere; then another level has to be the evidence.
-        return [doubt.model_copy(update={"level": "warning"})] if record.cell.knowledge == "bpda" else [doubt]
-    if record.spec.access == "whitebox" and lost > 0.01 * int(both.sum()):
+        doubts.append(finding("weaker_than_noise", text, record.cell.id))
+    elif (beaten := _behind_noise(record, other, both & ~mine)) is not None:
+        doubts.append(finding("no_better_than_noise", beaten, record.cell.id))
+    elif sees_all and lost > 0.01 * int(both.sum()):
         return [finding("noise_breaks_others", text, record.cell.id)]
-    return []
+    return doubts if sees_all else [doubt.model_copy(update={"level": "warning"}) for doubt in doubts]
 
 
 def _behind_noise(record: CellRecord, noise: CellRecord, resisted: np.ndarray) -> str | None:

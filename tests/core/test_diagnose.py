@@ -165,6 +165,19 @@ def test_an_attack_that_loses_to_noise_is_an_error() -> None:
     assert _ids(_pair([], list(range(10)))) == {"weaker_than_noise": "error"}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cell": {"defense": "x", "knowledge": "oblivious"}},
+        {"cell": {"defense": "x", "knowledge": "bpda"}},
+        {"spec": replace(PGD, access="encoder")},
+    ],
+)
+def test_an_attacker_blind_to_head_or_defence_may_lose_to_noise(changes: dict[str, Any]) -> None:
+    assert _ids(_pair([], list(range(10)), **changes)) == {"weaker_than_noise": "warning"}
+    assert _pair(list(range(20)), [30], **changes) == []
+
+
 def test_samples_that_noise_alone_breaks_are_a_warning() -> None:
     assert _ids(_pair(list(range(20)), [30])) == {"noise_breaks_others": "warning"}
 

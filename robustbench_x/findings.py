@@ -105,8 +105,8 @@ FINDINGS: dict[str, FindingKind] = {
     "weaker_than_noise": FindingKind(
         level="error",
         title="noise of the same size does more damage",
-        advice="The attack is broken or its gradient is masked; its robust accuracy is no evidence. A warning only, where "
-        "the attacker is blind to the head or the defence.",
+        advice="The attack is broken or its gradient is masked; its robust accuracy is no evidence. "
+        "A warning only, where the attacker is blind to the head or the defence.",
         source="Carlini et al. 2019",
     ),
     "no_better_than_noise": FindingKind(

@@ -1,7 +1,7 @@
 """A stage at work: one encoder and one data set loaded, heads built, clean features computed once."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -81,7 +81,8 @@ class StageAtWork:
         self.heads: dict[str, FittedHead] = {}
         self.labels: dict[str, Tensor] = {}
         for name in stage.heads:
-            progress.task(f"{stage.encoder}: head {name} on {stage.data}")
+            doing = f"{stage.encoder}: head {name} on {stage.data}"
+            progress.task(doing)
             self.heads[name] = build_head(
                 name,
                 loaded=loaded,
@@ -90,6 +91,7 @@ class StageAtWork:
                 seed=config.seed,
                 device=device,
                 batch_size=batch_size,
+                progress=_counting(progress, doing),
             ).to(device)
             self.labels[name] = self.heads[name].match(dataset.classes)[[item.label for item in self.items]].to(device)
         behind = modules_within(*(shield.defense for shield in shields.values()))
@@ -184,6 +186,10 @@ class StageAtWork:
 
 
 _CLEAN_PART = 32
+
+
+def _counting(progress: Progress, doing: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress.task(f"{doing}: {done} of {total} images")
 
 
 def select_items(dataset: Dataset, samples: int | None, config: AuditConfig) -> tuple[Item, ...]:

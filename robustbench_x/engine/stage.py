@@ -131,14 +131,17 @@ class StageAtWork:
         """Clean features of part of a batch behind `shield`, computed once for all heads and attacks."""
         key = (shield, batch.number)
         if key not in self._clean:
+            size = max(
+                1, min(_CLEAN_PART, part.stop - part.start)
+            )  # a part that was halved to fit the memory fits here
             parts = [
                 read_features(
-                    batch.images[start : start + _CLEAN_PART],
+                    batch.images[start : start + size],
                     self.defended(shield),
                     draws=self.judge_draws,
                     seed=derive_seed(self.seed, "clean", batch.number, start),
                 ).features
-                for start in range(0, len(batch.images), _CLEAN_PART)
+                for start in range(0, len(batch.images), size)
             ]
             self._clean[key] = Reading(features=torch.cat(parts, dim=1))
         return Reading(features=self._clean[key].features[:, part])

@@ -133,7 +133,7 @@ class StageAtWork:
         if key not in self._clean:
             size = max(
                 1, min(_CLEAN_PART, part.stop - part.start)
-            )  # a part that was halved to fit the memory fits here
+            )  # a halved part has to fit too
             parts = [
                 read_features(
                     batch.images[start : start + size],

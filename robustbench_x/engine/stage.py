@@ -131,9 +131,7 @@ class StageAtWork:
         """Clean features of part of a batch behind `shield`, computed once for all heads and attacks."""
         key = (shield, batch.number)
         if key not in self._clean:
-            size = max(
-                1, min(_CLEAN_PART, part.stop - part.start)
-            )  # a halved part has to fit too
+            size = max(1, min(_CLEAN_PART, part.stop - part.start))  # a halved part has to fit too
             parts = [
                 read_features(
                     batch.images[start : start + size],

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import project
 import pytest
 import torch
+from torch import Tensor
+
+import project
 from project import (
     NATIVE,
     PGD,
@@ -24,8 +26,6 @@ from project import (
     value,
     write_images,
 )
-from torch import Tensor
-
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.errors import NothingEvaluatedError

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from project import PGD, TINY, Audited, attack, audit, audit_config, metrics_without_time, rows_without_time, value
 from torch import Tensor, nn
 
+from project import PGD, TINY, Audited, attack, audit, audit_config, metrics_without_time, rows_without_time, value
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderView, QueryView, View, WhiteboxView

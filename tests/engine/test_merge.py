@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from project import PGD, TINY, audit_config, metrics_without_time
 
+from project import PGD, TINY, audit_config, metrics_without_time
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine import run_audit
 from robustbench_x.errors import UsageError

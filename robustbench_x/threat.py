@@ -178,13 +178,20 @@ def _l2_start(inputs: Tensor, random: SampleRandom, threat: ThreatModel, index: 
 
 
 def _l2_quantize(candidates: Tensor, inputs: Tensor, threat: ThreatModel) -> Tensor:
-    nearest = torch.round(candidates * _LEVELS) / _LEVELS
-    levels = candidates * _LEVELS
-    toward_clean = torch.where(candidates >= inputs, torch.floor(levels + 5e-4), torch.ceil(levels - 5e-4)) / _LEVELS
-    moves_back = (toward_clean - inputs).abs() <= (candidates - inputs).abs()
-    toward_clean = torch.where(moves_back, toward_clean, inputs)
-    fits = _flat_norm(nearest - inputs) <= threat.eps
-    return torch.where(_per_sample(fits), nearest, toward_clean)
+    # Rounding lengthens a change that spends its budget. The change is scaled, by bisection, to the longest whose
+    # rounding still fits; what is found stays within a thousandth of the best scale.
+    change = candidates - inputs
+    best = inputs
+    low = torch.zeros(len(inputs), device=inputs.device)
+    high = torch.ones_like(low)
+    scale = high
+    for _ in range(11):
+        rounded = (torch.round((inputs + change * _per_sample(scale)) * _LEVELS) / _LEVELS).clamp(0, 1)
+        fits = _flat_norm(rounded - inputs) <= threat.eps
+        best = torch.where(_per_sample(fits), rounded, best)
+        low, high = torch.where(fits, scale, low), torch.where(fits, high, scale)
+        scale = (low + high) / 2
+    return best
 
 
 def _patch_project(candidates: Tensor, inputs: Tensor, threat: ThreatModel) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -92,6 +92,9 @@ class DefenseConfig(_Plugin):
     knowledge: tuple[Literal["oblivious", "bpda", "full"], ...] | None = None
 
 
+_BUDGET_HINTS = {"l2": "for example 1.0 (a Euclidean length)", "patch": "for example 0.03 (a share of the area)"}
+
+
 class AuditConfig(_Frozen):
     """A whole audit.
 
@@ -130,6 +133,12 @@ class AuditConfig(_Frozen):
         if len({format_eps(eps) for eps in value}) != len(value):
             raise ValueError("a budget is listed twice")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _budget_is_of_its_norm(self) -> "AuditConfig":
+        if self.norm != "linf" and "eps" not in self.model_fields_set:
+            raise ValueError(f"norm {self.norm} has no default budget; give eps, {_BUDGET_HINTS[self.norm]}")
+        return self
 
     @pydantic.field_validator("attack", "defense")
     @classmethod
@@ -257,6 +266,11 @@ def override(
     Raises:
         ConfigError: A value does not fit.
     """
+    asked = settings or {}
+    norm = asked.get("norm", base.norm)
+    if "eps" not in asked and norm != base.norm and norm in get_args(Norm):
+        hint = _BUDGET_HINTS.get(norm, "for example 4/255")
+        raise ConfigError(f"--norm {norm}: the budget at hand was given for {base.norm}; give --eps too, {hint}")
     values = base.model_dump(mode="python", exclude_none=True)
     listed = {
         kind: {e.title: e.model_dump(exclude_none=True) for e in getattr(base, kind)} for kind in ("attack", "defense")

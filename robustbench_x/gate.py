@@ -254,7 +254,9 @@ def _resolve(text: str, inconclusive: Inconclusive, *, held: bool) -> tuple[Kind
 def _judge_baseline(
     rule: BaselineRule, report: Report, run: Path, baseline: Path, inconclusive: Inconclusive
 ) -> list[GateVerdict]:
-    matched = matching_cells(report, read_report(baseline))
+    before = read_report(baseline)
+    matched = matching_cells(report, before)
+    dropped = [cell for cell in before.cells if not cell.control and cell.id not in matched.values()]
     mine, theirs = rows_by_cell(run), rows_by_cell(baseline)
     limits = [(n, v, 1) for n, v in rule.max_increase.items()] + [(n, v, -1) for n, v in rule.max_decrease.items()]
     verdicts = [
@@ -265,7 +267,21 @@ def _judge_baseline(
     ]
     if not verdicts:
         raise ConfigError(f"--baseline {baseline}: it shares no cell with this run")
-    return verdicts
+    return verdicts + [_dropped(cell.id, metric, limit, sign) for cell in dropped for metric, limit, sign in limits]
+
+
+def _dropped(cell: str, metric: str, limit: float, sign: int) -> GateVerdict:
+    """A cell that the baseline measured and this run did not: leaving an attack out is no improvement."""
+    title = f"{metric} {'increase' if sign > 0 else 'decrease'}"
+    return GateVerdict(
+        gate=f"{title} <= {limit:g}",
+        metric=metric,
+        bound=f"<= {limit:g}",
+        cell=cell,
+        verdict="error",
+        value=None,
+        message=f"the baseline measured this cell and this run did not, so {title} cannot be judged",
+    )
 
 
 def _judge_change(

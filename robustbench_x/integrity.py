@@ -30,6 +30,8 @@ class Seal:
         self._attributes: list[tuple[nn.Module, _Kept]] = [(part, _attributes(part)) for part in self._parts]
         self._global_hooks = {name: dict(getattr(torch_module, name)) for name in _GLOBAL_HOOKS}
         tensors = {id(t): t for part in self._parts for t in _tensors(part)}
+        for tensor in tensors.values():
+            tensor.grad = None  # what training left behind is no attack's doing
         self._tensors = [(t, t.detach(), t.detach().cpu().clone(), t.requires_grad) for t in tensors.values()]
         self._prints = [_fingerprint(t) for t, *_ in self._tensors]
 

@@ -1,5 +1,6 @@
 """Shards of one audit joined into one run, as if it had never been split."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ import pyarrow.compute as pc
 
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine.finish import Evidence, make_report, now, write_results
+from robustbench_x.engine.proof import same_answers
 from robustbench_x.errors import UsageError
 from robustbench_x.plan import make_plan
 from robustbench_x.registry import Registry
-from robustbench_x.result import DataInfo, Report, read_report
+from robustbench_x.result import DataInfo, Report, StageProof, read_report
 from robustbench_x.store import read_rows
 
 __all__ = ["merge_runs"]
@@ -47,6 +49,7 @@ def merge_runs(runs: Sequence[Path], out: Path, registry: Registry, *, command: 
         data=data,
         evaluated=_evaluated(reports),
         probes=tuple(f for f in probes.values() if f.applies_to),
+        proofs=_joined_proofs(reports),
     )
     run = first.run.model_copy(
         update={
@@ -99,6 +102,7 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "configuration": {k: v for k, v in report.config.items() if k not in machine},
             "version of robustbench_x": report.run.robustbench_x,
             "weights": [(e.source, e.sha256) for e in report.encoders],
+            "data": [(d.source, d.classes, d.train, d.test) for d in report.data],
             "heads": [
                 (h.encoder, h.data, h.head, h.num_classes, h.settings.get("train_samples")) for h in report.heads
             ],
@@ -109,6 +113,12 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
         for what, value in essence(report).items():
             if value != wanted[what]:
                 raise UsageError(f"{run} and {runs[0]} are no shards of one audit: their {what} differ")
+        for mine, theirs in zip(report.proofs, reports[0].proofs, strict=True):
+            if not same_answers(theirs, mine):
+                raise UsageError(
+                    f"{run} and {runs[0]} are no shards of one audit: the code or the heads of {mine.encoder} changed "
+                    "between them"
+                )
 
 
 def _rows(run: Path, index: int, count: int) -> pa.Table:
@@ -125,6 +135,15 @@ def _joined_data(reports: Sequence[Report]) -> tuple[DataInfo, ...]:
         unreadable = tuple(message for part in parts for message in part.unreadable)
         evaluated = sum(part.evaluated for part in parts)
         joined.append(parts[0].model_copy(update={"evaluated": evaluated, "unreadable": unreadable}))
+    return tuple(joined)
+
+
+def _joined_proofs(reports: Sequence[Report]) -> tuple[StageProof, ...]:
+    """The whole run's proofs; its images are proven by the digests of the shards' images, which no audit can equal."""
+    joined = []
+    for parts in zip(*(report.proofs for report in reports), strict=True):
+        digest = hashlib.sha256("\n".join(sorted(part.images for part in parts)).encode()).hexdigest()
+        joined.append(parts[0].model_copy(update={"images": f"merged:{digest}"}))
     return tuple(joined)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "Measure",
     "Report",
     "RunInfo",
+    "StageProof",
     "Threat",
     "WorstCase",
     "json_schema",
@@ -150,6 +151,20 @@ class DataInfo(_Stored):
     notes: tuple[str, ...] = ()
 
 
+class StageProof(_Stored):
+    """What one encoder on one data set was, beyond its names: enough to tell whether it changed since.
+
+    `images` digests the ids, labels and pixels of the evaluated samples; `answers` holds, for each head, what the
+    victim makes of two fixed images, which shows changed code or heads where a digest of weights does not.
+    """
+
+    encoder: str
+    data: str
+    sha256: str
+    images: str
+    answers: dict[str, tuple[float, ...]]
+
+
 class RunInfo(_Stored):
     """Where, when and with what."""
 
@@ -202,6 +217,7 @@ class Report(_Stored):
     cells: tuple[CellResult, ...]
     worst_case: tuple[WorstCase, ...]
     findings: tuple[Finding, ...] = ()
+    proofs: tuple[StageProof, ...] = ()
     gates: tuple[GateVerdict, ...] = ()
     decision: Decision | None = None
 

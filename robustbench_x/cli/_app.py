@@ -14,6 +14,9 @@ from robustbench_x.report.inert import plain
 
 __all__ = ["app", "main"]
 
+# typer carries its own copy of click in recent versions; the base class is reached from what is public.
+_ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 app = typer.Typer(
     name="rbx",
     no_args_is_help=True,
@@ -53,14 +56,31 @@ def main() -> None:
     # Before torch is loaded: threads that wait by spinning make a shared machine (any CI runner) several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except RobustbenchError as error:
         typer.echo(f"rbx: {plain(str(error), 2000)}", err=True)
         sys.exit(error.exit_code)
+    except _ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]  # the help text
+            sys.exit(2)
+        typer.echo(f"rbx: {plain(_sentence(error), 2000)}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("rbx: interrupted; run the same command again to continue", err=True)
+        sys.exit(130)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)  # whoever read the output had enough; click's 1 would say that a gate failed
+        raise
     except Exception:  # noqa: BLE001 - our own bug: shown in full, and never with the code of a failed gate
         traceback.print_exc()
         typer.echo("rbx: internal error; please report the traceback above", err=True)
         sys.exit(RobustbenchError.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("rbx: interrupted; run the same command again to continue", err=True)
-        sys.exit(130)
+
+
+def _sentence(error: Exception) -> str:
+    """A usage error of the command line's own parser as one sentence; the parser adds near matches itself."""
+    text = " ".join(str(getattr(error, "message", error)).split()).replace("Value error, ", "").rstrip(".")
+    return f"{text}; rbx --help lists what there is"

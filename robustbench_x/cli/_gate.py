@@ -18,7 +18,7 @@ def gate(
     """Judge a finished run by a policy; the exit code is the verdict."""
     from rich.console import Console
 
-    from robustbench_x.cli._publish import write_step_summary
+    from robustbench_x.cli._publish import verdict_holds, write_step_summary
     from robustbench_x.gate import check_baseline, decide, judge_gates
     from robustbench_x.policy import load_policy
     from robustbench_x.report.terminal import print_answer, print_gates
@@ -32,13 +32,14 @@ def gate(
     decision = decide(report, verdicts, fail_on=rules.reliability.fail_on, strict=strict)
     report = report.model_copy(update={"gates": verdicts, "decision": decision})
     write_step_summary(report, decision)
-    if as_json:
-        import json
+    with verdict_holds():
+        if as_json:
+            import json
 
-        document = {**decision.model_dump(), "gates": [verdict.model_dump() for verdict in verdicts]}
-        typer.echo(json.dumps(document, indent=2))
-    else:
-        console = Console()
-        print_answer(decision, console)
-        print_gates(verdicts, console)
+            document = {**decision.model_dump(), "gates": [verdict.model_dump() for verdict in verdicts]}
+            typer.echo(json.dumps(document, indent=2))
+        else:
+            console = Console()
+            print_answer(decision, console)
+            print_gates(verdicts, console)
     raise typer.Exit(decision.exit_code)

@@ -16,7 +16,7 @@ def merge(
     """Join the shards of one audit into one run; judge it with rbx gate."""
     from rich.console import Console
 
-    from robustbench_x.cli._publish import publish
+    from robustbench_x.cli._publish import publish, verdict_holds
     from robustbench_x.gate import decide
     from robustbench_x.merge import merge_runs
     from robustbench_x.registry import load_registry
@@ -26,5 +26,6 @@ def merge(
     decision = decide(report, None, fail_on=())
     report = report.model_copy(update={"decision": decision})
     publish(report, decision, out)
-    print_report(report, decision, Console())
+    with verdict_holds():
+        print_report(report, decision, Console())
     raise typer.Exit(decision.exit_code)

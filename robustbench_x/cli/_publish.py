@@ -1,6 +1,9 @@
 """Where a result goes: the run folder, and the step summary of a CI."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from robustbench_x.errors import RunError
@@ -8,9 +11,24 @@ from robustbench_x.report.markdown import LIMIT, render_markdown
 from robustbench_x.result import Decision, Report, write_report
 from robustbench_x.store import write_atomically
 
-__all__ = ["publish", "write_step_summary"]
+__all__ = ["hush_stdout", "publish", "verdict_holds", "write_step_summary"]
 
 _LEAST = 1000
+
+
+@contextmanager
+def verdict_holds() -> Iterator[None]:
+    """Prints inside may meet a closed pipe (`rbx audit | head`): the exit code stays the verdict's all the same."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich answers a closed pipe with SystemExit(1), the code of a failed gate
+        hush_stdout()
+
+
+def hush_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's last flush has nowhere to fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def publish(report: Report, decision: Decision, run: Path) -> None:

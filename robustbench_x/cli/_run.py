@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from robustbench_x.cli._progress import progress_on
-from robustbench_x.cli._publish import publish
+from robustbench_x.cli._publish import publish, verdict_holds
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine import run_audit
 from robustbench_x.engine.run import resolve_device
@@ -54,9 +54,10 @@ def run_and_report(request: RunRequest) -> int:
     decision = decide(report, verdicts, fail_on=fail_on, strict=request.strict)
     report = report.model_copy(update={"gates": verdicts or (), "decision": decision})
     publish(report, decision, out)
-    console = Console()
-    print_report(report, decision, console)
-    console.print(Text(f"\nResults in {out}: report.md, report.json, samples.parquet"), soft_wrap=True)
+    with verdict_holds():
+        console = Console()
+        print_report(report, decision, console)
+        console.print(Text(f"\nResults in {out}: report.md, report.json, samples.parquet"), soft_wrap=True)
     return decision.exit_code
 
 

@@ -17,7 +17,7 @@ from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_re
 from robustbench_x.findings import finding
 from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
-from robustbench_x.result import DataInfo, EncoderInfo, Finding, HeadInfo, Report, RunInfo, write_report
+from robustbench_x.result import DataInfo, EncoderInfo, Finding, HeadInfo, Report, RunInfo, StageProof, write_report
 from robustbench_x.store import RunFolder, write_atomically
 
 __all__ = ["Evidence", "finish", "make_report", "now", "write_results"]
@@ -40,6 +40,7 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
         data=tuple(DataInfo(**s["data"]) for s in stages),
         evaluated={(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages},
         probes=tuple(probes),
+        proofs=tuple(StageProof(**s["proof"]) for s in stages),
     )
     report = make_report(evidence, _run_info(folder, plan, config), plan, config, registry)
     write_results(report, evidence.rows, config, folder.path)
@@ -60,6 +61,7 @@ class Evidence:
     data: tuple[DataInfo, ...]
     evaluated: Mapping[tuple[str, str], int]
     probes: tuple[Finding, ...]
+    proofs: tuple[StageProof, ...]
 
 
 def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfig, registry: Registry) -> Report:
@@ -96,6 +98,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         cells=cells,
         worst_case=worst_cases(records),
         findings=tuple(findings),
+        proofs=evidence.proofs,
     )
 
 

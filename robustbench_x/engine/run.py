@@ -1,10 +1,8 @@
 """Runs an audit from plan to stored report; killed anywhere, it continues where it stopped."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +14,12 @@ from robustbench_x.engine.craft import AttackAtWork, craft_rows, failed_rows, is
 from robustbench_x.engine.finish import finish, now
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
+from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_notes
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
 from robustbench_x.errors import DataError, RunError, UsageError
 from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan, with_noise
 from robustbench_x.registry import Registry, load_registry
-from robustbench_x.result import DataInfo, EncoderInfo, HeadInfo, Report, read_report
+from robustbench_x.result import Report, StageProof, read_report
 from robustbench_x.store import RunFolder
 from robustbench_x.victim import Shield
 
@@ -49,14 +48,14 @@ def run_audit(
     Raises:
         UsageError: Something asked for cannot be.
         NothingEvaluatedError: There is no sample.
-        RunError: What is on disk is damaged, or the weights or images changed since it was written.
+        RunError: What is on disk is damaged, or the weights, code or images changed since it was written. That
+            is checked for a finished run too: its result is never served for another model.
     """
     registry = registry or load_registry()
     plan = make_plan(config, registry)
     folder = RunFolder(out, fingerprint=plan.fingerprint, resume=resume)
-    if folder.finished:
-        return read_report(out)
-    return _Run(config, plan, folder, registry, command, progress or Silent()).run()
+    run = _Run(config, plan, folder, registry, command, progress or Silent())
+    return run.verify(read_report(out)) if folder.finished else run.run()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -96,18 +95,36 @@ class _Run:
         self.registry = registry
         self.progress = progress
         self.device = resolve_device(config.device)
-        self.header = folder.notes("run") or {
-            "started": now(),
-            "command": command,
-            "device": _device_name(self.device),
-            "batch_size": self._batch_size(),
-        }
-        folder.note("run", self.header)
-        self.batch_size: int = self.header["batch_size"]
+        self.batch_size = self._batch_size()
+        if not folder.finished:
+            header = folder.notes("run") or {
+                "started": now(),
+                "command": command,
+                "device": _device_name(self.device),
+                "batch_size": self.batch_size,
+            }
+            folder.note("run", header)
+            self.batch_size = header["batch_size"]
         self._part = self.batch_size
         self._loaded: tuple[str, LoadedEncoder] | None = None
         self._datasets: dict[str, Dataset] = {}
         self._infos: dict[str, dict[str, Any]] = {}
+
+    def verify(self, report: Report) -> Report:
+        """The stored report of a finished run, once it is shown to be about what the sources hold today.
+
+        Raises:
+            RunError: Weights, code, heads or images changed since.
+        """
+        proofs = {(proof.encoder, proof.data): proof for proof in report.proofs}
+        for stage in self.plan.stages:
+            stored = proofs.get((stage.encoder, stage.data))
+            if stored is None or not same_proof(stored, proof_of(self._at_work(stage))):
+                raise RunError(
+                    f"{self.folder.path}: {changed(stage)} finished; name another --out, or start over with --no-resume"
+                )
+        self.progress.say(f"{self.folder.path} holds this very audit, finished {report.run.finished}: nothing was run")
+        return report
 
     def run(self) -> Report:
         self.folder.check()
@@ -146,7 +163,7 @@ class _Run:
             self._loaded = source, loaded
         return self._loaded[1]
 
-    def _run_stage(self, number: int, stage: Stage) -> None:
+    def _at_work(self, stage: Stage) -> StageAtWork:
         shields = {
             entry.title: Shield(
                 spec=self.registry.defenses[entry.name],
@@ -155,7 +172,7 @@ class _Run:
             for entry in self.config.defense
         }
         loaded = self._encoder(stage.encoder)
-        work = StageAtWork(
+        return StageAtWork(
             stage,
             loaded=loaded,
             dataset=self._dataset(stage.data),
@@ -166,6 +183,9 @@ class _Run:
             batch_size=self.batch_size,
             progress=self.progress,
         )
+
+    def _run_stage(self, number: int, stage: Stage) -> None:
+        work = self._at_work(stage)
         self._check_unchanged(number, work)
         for message in work.unreadable():
             self.progress.say(f"unreadable: {message}")
@@ -246,60 +266,11 @@ class _Run:
 
     def _check_unchanged(self, number: int, stage: StageAtWork) -> None:
         """Stores what this stage evaluates, or refuses to mix it with rows of other weights or images."""
-        encoder, dataset = stage.encoder, stage.dataset
-        info: dict[str, Any] = {
-            "encoder": EncoderInfo(
-                source=stage.stage.encoder,
-                sha256=encoder.sha256,
-                parameters=encoder.num_parameters,
-                input_size=encoder.input_size,
-                mean=encoder.preprocessing.mean,
-                std=encoder.preprocessing.std,
-                license=encoder.license,
-                notes=encoder.notes,
-            ).model_dump(mode="json"),
-            "heads": [
-                HeadInfo(
-                    encoder=stage.stage.encoder,
-                    data=stage.stage.data,
-                    head=name,
-                    num_classes=head.num_classes,
-                    settings=head.settings,
-                ).model_dump(mode="json")
-                for name, head in stage.heads.items()
-            ],
-            "data": DataInfo(
-                source=stage.stage.data,
-                classes=len(dataset.classes),
-                train=len(dataset.train),
-                test=len(dataset.test),
-                evaluated=len(stage.items),
-                unreadable=stage.unreadable(),
-                license=dataset.license,
-                notes=dataset.notes,
-            ).model_dump(mode="json"),
-            "images": stage.data_digest(),
-            "answers": stage.answers(),
-        }
         stored = self.folder.notes(f"stage-{number}")
         if stored is None:
-            self.folder.note(f"stage-{number}", info)
-            return
-        same = (stored["encoder"]["sha256"], stored["images"]) == (encoder.sha256, info["images"])
-        # Answers within rounding: another device or thread count must not forbid to resume.
-        if not same or not _close(stored["answers"], info["answers"]):
-            raise RunError(
-                f"{self.folder.path}: the weights, code or heads of {stage.stage.encoder} or the images of "
-                f"{stage.stage.data} changed since this audit was interrupted; start over with --no-resume"
-            )
-
-
-def _close(stored: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> bool:
-    return stored.keys() == now.keys() and all(
-        np.shape(stored[name]) == np.shape(now[name])
-        and np.allclose(stored[name], now[name], rtol=1e-2, atol=1e-2 * float(np.abs(now[name]).max()), equal_nan=True)
-        for name in now
-    )
+            self.folder.note(f"stage-{number}", stage_notes(stage))
+        elif not same_proof(StageProof(**stored["proof"]), proof_of(stage)):
+            raise RunError(f"{self.folder.path}: {changed(stage.stage)} interrupted; start over with --no-resume")
 
 
 def _device_name(device: torch.device) -> str:

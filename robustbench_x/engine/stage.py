@@ -146,11 +146,19 @@ class StageAtWork:
 
     @torch.no_grad()
     def answers(self) -> dict[str, list[float]]:
-        """Logits of two fixed images under every head: changed code or heads show here, where no digest looks."""
+        """What every head makes of two fixed images, as four fixed projections of the logits of each.
+
+        Changed code or heads show here, where no digest of weights looks.
+        """
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.encoder.input_size, generator=generator).to(self.device)
         features = self.defended(UNDEFENDED).features(images)
-        return {name: head(features).nan_to_num().flatten().tolist() for name, head in self.heads.items()}
+        answers = {}
+        for name, head in self.heads.items():
+            logits = head(features).nan_to_num().cpu()
+            directions = torch.randn(head.num_classes, 4, generator=torch.Generator().manual_seed(1))
+            answers[name] = (logits @ directions).flatten().tolist()
+        return answers
 
     def data_digest(self) -> str:
         """A digest of the ids and pixels of every evaluated sample."""

@@ -18,15 +18,13 @@ __all__ = ["SPEC", "KNNHead", "fit", "restore"]
 
 _K = 20
 _TEMPERATURE = 0.07
-_TINY = 1e-20  # far below the smallest weight there is, exp(-2 / 0.07) = 4e-13
+_FLOOR = 1e-4
+"""Added to every share: it changes no prediction, and keeps the cross-entropy from saturating in float32."""
 
 
 @final
 class KNNHead(nn.Module):
-    """Features `(N, D)` to log votes `(N, K)`; a class without a neighbour gets about -46 below the best.
-
-    The k nearest are chosen anew at every call; gradients flow through their similarities, not the choice.
-    """
+    """Features `(N, D)` to log shares of the vote `(N, K)`, at least log 1e-4; neighbours are chosen anew each time."""
 
     bank: Tensor
     labels: Tensor
@@ -41,14 +39,22 @@ class KNNHead(nn.Module):
         self._num_classes = int(labels.max()) + 1
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `(N, K)`: log of the votes, each neighbour's weighted by `exp(cosine / temperature)`."""
-        similarity, index = (F.normalize(features.float(), dim=1) @ self.bank.T).topk(self._k, dim=1)
-        scores = similarity / self.temperature
-        # Relative to the nearest one, or the sum would depend on how close the whole bank is.
-        nearest = scores[:, :1].detach()
-        votes = scores.new_zeros(len(scores), self._num_classes)
-        votes = votes.scatter_add(1, self.labels[index], (scores - nearest).exp())
-        return (votes + _TINY).log() + nearest
+        """Logits `(N, K)`: log of each class's share of the votes, a neighbour's weighted by `exp(cosine / T)`.
+
+        The value is that of the k nearest. The gradient is that of a vote of the whole bank: a class without a
+        neighbour would have none of its own, and a white-box attack could not move toward it.
+        """
+        scores = F.normalize(features.float(), dim=1) @ self.bank.T / self.temperature
+        near, index = scores.topk(self._k, dim=1)
+        value = self._shares(near, self.labels[index])
+        if not torch.is_grad_enabled():
+            return value
+        soft = self._shares(scores, self.labels.expand_as(scores))
+        return soft + (value - soft).detach()
+
+    def _shares(self, scores: Tensor, labels: Tensor) -> Tensor:
+        weights = scores.softmax(dim=1)
+        return (weights.new_zeros(len(scores), self._num_classes).scatter_add(1, labels, weights) + _FLOOR).log()
 
 
 def fit(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> KNNHead:

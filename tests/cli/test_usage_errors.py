@@ -82,7 +82,7 @@ def write_files() -> None:
         ("--eps 8", "--eps: eps=8 exceeds 1: pixels live in [0, 1], so write 8/255, not 8"),
         ("--eps eight", "--eps: 'eight' is not a number"),
         ("--norm linff", "--norm: input should be 'linf', 'l2' or 'patch' (got 'linff')"),
-        ("--norm patch -a embed -a torchattacks:CW", "attack torchattacks:CW has no norm 'patch'; it has"),
+        ("--norm patch --eps 0.03 -a embed -a torchattacks:CW", "attack torchattacks:CW has no norm 'patch'; it has"),
         ("--samples 0", "--samples: input should be greater than 0 (got 0)"),
         ("--shard 5/4", "--shard: '5/4' is not a shard; write 1/4"),
         ("--batch-size some", "--batch-size: "),

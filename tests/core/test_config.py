@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,3 +223,14 @@ def test_shipped_audits_plan_with_the_installed_plugins(preset: str, tmp_path: P
     file = tmp_path / preset
     file.write_text((files("robustbench_x") / "presets" / preset).read_text(encoding="utf-8"), encoding="utf-8")
     assert make_plan(load_config(file), load_registry()).cells
+
+
+def test_a_budget_belongs_to_its_norm() -> None:
+    """4/255 is a linf budget; as a Euclidean length it would change next to nothing, and everything would hold."""
+    target = {"target": [{"encoder": "a:b", "data": "c:d"}], "attack": [{"name": "pgd"}]}
+    with pytest.raises(pydantic.ValidationError, match="norm l2 has no default budget; give eps, for example"):
+        AuditConfig.model_validate({**target, "norm": "l2"})
+    assert AuditConfig.model_validate({**target, "norm": "l2", "eps": 1.0}).eps == (1.0,)
+    with pytest.raises(ConfigError, match="--norm l2: the budget at hand was given for linf; give --eps too"):
+        override(default_config(), from_file=False, settings={"norm": "l2"})
+    assert override(default_config(), from_file=False, settings={"norm": "patch", "eps": ["0.03"]}).norm == "patch"

@@ -76,3 +76,17 @@ def test_a_folder_in_use_is_left_alone(shards: list[Path], tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UsageError, match="name an empty or a new folder"):
         merge_runs(shards, tmp_path, load_registry())
+
+
+def test_shards_of_changed_code_are_refused(
+    images: Path, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import project
+
+    forward = project.TinyNet.forward
+    monkeypatch.setattr(project.TinyNet, "forward", lambda self, x: torch.sin(5 * forward(self, x)))
+    run_audit(_config(images, "3/3"), tmp_path / "changed")
+    with pytest.raises(UsageError, match="the code or the heads of python:project:tiny changed"):
+        merge_runs([shards[0], shards[1], tmp_path / "changed"], tmp_path / "out", load_registry())

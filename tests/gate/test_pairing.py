@@ -66,3 +66,16 @@ def test_other_parameters_are_not_comparable(tmp_path: Path) -> None:
 def test_an_unpaired_metric_names_near_matches(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'asr_8bits' cannot be compared sample by sample; did you mean asr_8bit"):
         compare_runs(tmp_path, tmp_path, "asr_8bits")
+
+
+def test_leaving_an_attack_out_is_no_improvement(tmp_path: Path) -> None:
+    from robustbench_x.result import read_report
+
+    weak, strong = cell("embed"), cell("pgd")
+    rows = [row(made.id, i) for made in (weak, strong) for i in range(50)]
+    old = store(tmp_path / "old", report(weak, strong), rows)
+    new = store(tmp_path / "new", report(weak), [r for r in rows if r["cell"] == weak.id])
+    policy = Policy.model_validate({"inconclusive": "point", "baseline": {"max_increase": {"asr": 0.02}}})
+    verdicts = judge_gates(read_report(new), policy, run=new, baseline=old)
+    assert {v.cell: v.verdict for v in verdicts} == {weak.id: "pass", strong.id: "error"}
+    assert "this run did not" in verdicts[1].message

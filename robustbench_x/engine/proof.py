@@ -1,0 +1,80 @@
+"""Proof of what was evaluated: nothing measured on one model or image is ever shown for another."""
+
+from typing import Any
+
+import numpy as np
+
+from robustbench_x.engine.stage import StageAtWork
+from robustbench_x.plan import Stage
+from robustbench_x.result import DataInfo, EncoderInfo, HeadInfo, StageProof
+
+__all__ = ["changed", "proof_of", "same_answers", "same_proof", "stage_notes"]
+
+
+def proof_of(stage: StageAtWork) -> StageProof:
+    """What `stage` evaluates, in digests and answers."""
+    return StageProof(
+        encoder=stage.stage.encoder,
+        data=stage.stage.data,
+        sha256=stage.encoder.sha256,
+        images=stage.data_digest(),
+        answers={name: tuple(values) for name, values in stage.answers().items()},
+    )
+
+
+def same_proof(stored: StageProof, now: StageProof) -> bool:
+    """Whether two proofs are of the same weights, images and answers."""
+    return (stored.sha256, stored.images) == (now.sha256, now.images) and same_answers(stored, now)
+
+
+def same_answers(stored: StageProof, now: StageProof) -> bool:
+    """Whether the victims answer alike, within rounding: another device or thread count is no other victim."""
+    mine, theirs = now.answers, stored.answers
+    return mine.keys() == theirs.keys() and all(
+        np.shape(theirs[name]) == np.shape(mine[name])
+        and np.allclose(theirs[name], mine[name], rtol=1e-2, atol=1e-2 * float(np.abs(mine[name]).max()))
+        for name in mine
+    )
+
+
+def changed(stage: Stage) -> str:
+    """The middle of the sentence that refuses a changed victim."""
+    return f"the weights, code or heads of {stage.encoder} or the images of {stage.data} changed since this audit was"
+
+
+def stage_notes(stage: StageAtWork) -> dict[str, Any]:
+    """What the report says about a stage, as plain values."""
+    encoder, dataset = stage.encoder, stage.dataset
+    return {
+        "proof": proof_of(stage).model_dump(mode="json"),
+        "encoder": EncoderInfo(
+            source=stage.stage.encoder,
+            sha256=encoder.sha256,
+            parameters=encoder.num_parameters,
+            input_size=encoder.input_size,
+            mean=encoder.preprocessing.mean,
+            std=encoder.preprocessing.std,
+            license=encoder.license,
+            notes=encoder.notes,
+        ).model_dump(mode="json"),
+        "heads": [
+            HeadInfo(
+                encoder=stage.stage.encoder,
+                data=stage.stage.data,
+                head=name,
+                num_classes=head.num_classes,
+                settings=head.settings,
+            ).model_dump(mode="json")
+            for name, head in stage.heads.items()
+        ],
+        "data": DataInfo(
+            source=stage.stage.data,
+            classes=len(dataset.classes),
+            train=len(dataset.train),
+            test=len(dataset.test),
+            evaluated=len(stage.items),
+            unreadable=stage.unreadable(),
+            license=dataset.license,
+            notes=dataset.notes,
+        ).model_dump(mode="json"),
+    }

@@ -128,7 +128,8 @@ def test_what_decides_the_numbers_decides_the_fingerprint() -> None:
     same: list[dict[str, Any]] = [{"device": "cpu"}, {"batch_size": 3}, {"allow_pickle": True}]
     assert {_plan(**changes).fingerprint for changes in same} == {base}
     other: list[dict[str, Any]] = [
-        {"seed": 1}, {"eps": "5/255"}, {"norm": "l2", "eps": "4/255"}, {"samples": 9}, {"shard": "1/2"}, {"precision": "bf16"},
+        {"seed": 1}, {"eps": "5/255"}, {"norm": "l2", "eps": "4/255"}, {"samples": 9}, {"shard": "1/2"},
+        {"precision": "bf16"},
         {"mode": "exhaustive"}, {"judge_draws": 3}, {"query_cap": 5}, {"surrogate": "packaged:photos"},
         {"attack": [{"name": "pgd", "steps": 21}]}, {"attack": [{"name": "pgd", "label": "x"}]},
         {"defense": [{"name": "jpeg"}]}, {"defense": [{"name": "jpeg", "quality": 50}]},

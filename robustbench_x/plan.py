@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from robustbench_x import __version__
 from robustbench_x.config import AttackConfig, AuditConfig, DefenseConfig
@@ -118,7 +119,7 @@ def make_plan(config: AuditConfig, registry: Registry) -> Plan:
             for craft in _crafts(config, registry, encoder, data, heads, entry, spec, threat)
         ]
         stages.append(Stage(encoder=encoder, data=data, samples=samples, heads=heads, crafts=tuple(crafts)))
-    return Plan(stages=tuple(stages), fingerprint=_fingerprint(config))
+    return Plan(stages=tuple(stages), fingerprint=_fingerprint(config, registry))
 
 
 def with_noise(attacks: tuple[AttackConfig, ...]) -> tuple[AttackConfig, ...]:
@@ -214,8 +215,18 @@ def _knowledge(shield: DefenseConfig, registry: Registry, spec: AttackSpec) -> t
     return tuple(levels)
 
 
-def _fingerprint(config: AuditConfig) -> str:
-    """What decides the numbers: the configuration but for where and how fast it runs, and this version."""
+def _fingerprint(config: AuditConfig, registry: Registry) -> str:
+    """What decides the numbers: the configuration but for where and how fast it runs, and the versions of the code."""
     values = {k: v for k, v in config.replay().items() if k not in ("device", "batch_size", "allow_pickle")}
-    text = json.dumps([__version__, values], sort_keys=True)
+    owners = {registry.attacks.origin(entry.name) for entry in config.attack}
+    owners |= {registry.defenses.origin(entry.name) for entry in config.defense}
+    text = json.dumps([__version__, sorted((owner, _version(owner)) for owner in owners), values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(distribution: str) -> str:
+    """The installed version of a plugin's distribution; empty for a plugin registered by hand."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""

@@ -137,3 +137,12 @@ def test_what_decides_the_numbers_decides_the_fingerprint() -> None:
     ]  # fmt: skip
     prints = [_plan(**changes).fingerprint for changes in other]
     assert len({base, *prints}) == len(prints) + 1
+
+
+def test_another_version_of_a_plugin_is_another_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an attack's old version must not be continued by its new one."""
+    from robustbench_x import plan
+
+    before = _plan().fingerprint
+    monkeypatch.setattr(plan, "version", lambda distribution: "99.0")
+    assert _plan().fingerprint != before

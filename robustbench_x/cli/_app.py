@@ -36,6 +36,10 @@ app.command(name="init")(_init.init)
 app.command(name="doctor")(_doctor.doctor)
 
 
+_CTRL_C = 130
+_INTERRUPTED = "rbx: interrupted; run the same command again to continue"
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"robustbench_x {__version__}")
@@ -56,7 +60,10 @@ def main() -> None:
     # Before torch is loaded: threads that wait by spinning make a shared machine (any CI runner) several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == _CTRL_C:  # recent typer turns Ctrl-C into this code itself
+            typer.echo(_INTERRUPTED, err=True)
+        sys.exit(code)
     except RobustbenchError as error:
         typer.echo(f"rbx: {plain(str(error), 2000)}", err=True)
         sys.exit(error.exit_code)
@@ -67,8 +74,8 @@ def main() -> None:
         typer.echo(f"rbx: {plain(_sentence(error), 2000)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("rbx: interrupted; run the same command again to continue", err=True)
-        sys.exit(130)
+        typer.echo(_INTERRUPTED, err=True)
+        sys.exit(_CTRL_C)
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.errors import SampleError
-from robustbench_x.heads.base import FittedHead
+from robustbench_x.heads.base import FittedHead, Ranking
 from robustbench_x.randomness import derive_seed
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import DefendedEncoder, fresh_draw
 
-__all__ = ["Admitted", "Measured", "Prediction", "Reading", "admit", "measure", "predict", "read_features"]
+__all__ = ["Admitted", "Measured", "Prediction", "Reading", "admit", "measure", "predict", "read_features", "retrieve"]
 
 UNJUDGED = -1
 """The prediction of a sample that could not be judged."""
@@ -130,6 +130,14 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
         margin=(logits.gather(2, index).squeeze(2) - others).mean(dim=0),
         errors=[None if ok else "the victim returned NaN or infinite logits" for ok in finite.tolist()],
     )
+
+
+@torch.no_grad()
+def retrieve(reading: Reading, head: FittedHead, labels: Tensor) -> Ranking:
+    """How well the gallery is ranked; over several draws the mean precision, and the median place of the first hit."""
+    draws = [head.rank(features, labels) for features in reading.features]
+    precision = torch.stack([draw.precision for draw in draws]).mean(dim=0)
+    return Ranking(precision=precision, first=torch.stack([draw.first for draw in draws]).median(dim=0).values)
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ def merge_runs(runs: Sequence[Path], out: Path, registry: Registry, *, command: 
         evaluated=_evaluated(reports),
         probes=tuple(f for f in probes.values() if f.applies_to),
         proofs=_joined_proofs(reports),
+        fits={cell.id: cell.fit for cell in first.cells if cell.fit is not None},
     )
     run = first.run.model_copy(
         update={
@@ -105,6 +106,9 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "data": [(d.source, d.classes, d.train, d.test) for d in report.data],
             "heads": [
                 (h.encoder, h.data, h.head, h.num_classes, h.settings.get("train_samples")) for h in report.heads
+            ],
+            "artefacts (fit once with rbx fit and pass the file)": [
+                (cell.id, None if cell.fit is None else cell.fit.sha256) for cell in report.cells
             ],
         }
 

@@ -4,15 +4,15 @@ A rate carries a Wilson interval; a mean has none. A sample that could not be ju
 fooled: it stays in the denominator of the accuracies and leaves every other one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_x.stats import Interval, wilson
+from robustbench_x.stats import Interval, bounded_mean, wilson
 
-__all__ = ["METRICS", "MetricInfo", "Outcome", "compute", "worst_case"]
+__all__ = ["METRICS", "RECALLS", "MetricInfo", "Outcome", "compute", "most_frequent", "worst_case"]
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -24,13 +24,14 @@ class MetricInfo:
     """What a gate, a table or a reader must know about a metric.
 
     `higher_is_better` is the defender's view; None where the number only describes the attack. A rate lies in
-    [0, 1] and carries an interval.
+    [0, 1] and carries an interval. `task` names the only kind of head it is measured on.
     """
 
     name: str
     higher_is_better: bool | None
     is_rate: bool
     help: str
+    task: str = "any"
 
 
 def _table(*entries: MetricInfo) -> dict[str, MetricInfo]:
@@ -45,6 +46,13 @@ def _mean(name: str, higher_is_better: bool | None, text: str) -> MetricInfo:
     return MetricInfo(name=name, higher_is_better=higher_is_better, is_rate=False, help=text)
 
 
+def _retrieval(name: str, text: str) -> MetricInfo:
+    return MetricInfo(name=name, higher_is_better=True, is_rate=True, help=text, task="retrieval")
+
+
+RECALLS = (1, 10)
+"""Ranks at which recall is reported."""
+
 METRICS: dict[str, MetricInfo] = _table(
     _rate("clean_accuracy", True, "correct on the clean image, over all samples"),
     _rate("robust_accuracy", True, "correct on the clean and on the adversarial image, over all samples"),
@@ -54,6 +62,12 @@ METRICS: dict[str, MetricInfo] = _table(
     _rate("targeted_success", False, "predicted as the attack's target, over all judged samples with a target"),
     _rate("asr_8bit", False, "asr after rounding to 8 bits inside the budget"),
     _rate("collapse_ceiling", None, "flip rate of always predicting the most frequent adversarial prediction"),
+    _retrieval("clean_map@10", "mean average precision of the first 10 items, clean queries"),
+    _retrieval("map@10", "mean average precision of the first 10 items, attacked queries"),
+    _retrieval("clean_recall@1", "clean queries whose first item is relevant"),
+    _retrieval("recall@1", "attacked queries whose first item is relevant"),
+    _retrieval("clean_recall@10", "clean queries with a relevant item among the first 10"),
+    _retrieval("recall@10", "attacked queries with a relevant item among the first 10"),
     _mean("feature_cosine", True, "mean cosine similarity of adversarial and clean features"),
     _mean("linf_max", None, "largest change of any pixel of any image, in [0, 1] units"),
     _mean("l2_mean", None, "mean Euclidean norm of the change, in [0, 1] units"),
@@ -72,7 +86,8 @@ class Outcome:
     `label` and the predictions are logit indices; `adv8_pred` is the prediction after rounding to 8 bits.
     `error` marks rows that could not be judged: their predictions mean nothing and their numbers are NaN. In a
     judged row NaN means that nobody measured it, and the metric is then not measured either. `linf` and `l2` are
-    in [0, 1] units, `seconds` and the passes are per sample. `target` is -1 where the attack had none.
+    in [0, 1] units, `seconds` and the passes are per sample. `target` is -1 where the attack had none. `retrieval`
+    holds `clean_ap`, `adv_ap`, `clean_rank` and `adv_rank` where the head ranks a gallery (see `heads.base.Ranking`).
 
     Raises:
         ValueError: Lengths differ, or a judged row lacks a label or a prediction.
@@ -91,9 +106,12 @@ class Outcome:
     backwards: FloatArray
     seconds: FloatArray
     target: IntArray
+    retrieval: Mapping[str, FloatArray] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name == "retrieval":
+                continue
             shape = getattr(self, field.name).shape
             if shape != (len(self.label),):
                 raise ValueError(f"{field.name} has shape {shape}, expected ({len(self.label)},) as label")
@@ -130,7 +148,7 @@ class Outcome:
 def compute(outcome: Outcome) -> dict[str, Interval]:
     """The metrics of one cell, in the order of `METRICS`.
 
-    `targeted_success` is absent when no sample has a target. Without a single judged row every value is None.
+    `targeted_success` is absent when no sample has a target, and the retrieval metrics where nothing was ranked. Without a single judged row every value is None.
     """
     judged, correct = outcome.judged, outcome.clean_correct
     attempted = judged & (outcome.target >= 0)
@@ -142,12 +160,13 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
         "flip_rate": _share(outcome.adv_pred != outcome.clean_pred, judged),
         "targeted_success": _share(outcome.adv_pred == outcome.target, attempted),
         "asr_8bit": _share(outcome.adv8_pred != outcome.label, correct),
-        "collapse_ceiling": _share(outcome.clean_pred != _most_frequent(outcome.adv_pred[judged]), judged),
+        "collapse_ceiling": _share(outcome.clean_pred != most_frequent(outcome.adv_pred[judged]), judged),
     }
     if not (outcome.target >= 0).any():
         del rates["targeted_success"]
     return {
         **rates,
+        **(_retrieval_metrics(outcome.retrieval, judged) if outcome.retrieval else {}),
         "feature_cosine": _mean_of(outcome.feature_cosine[judged]),
         "linf_max": _max_of(outcome.linf[judged]),
         "l2_mean": _mean_of(outcome.l2[judged]),
@@ -156,6 +175,16 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
         "backwards_per_sample": _mean_of(outcome.backwards[judged]),
         "seconds": _mean_of(outcome.seconds[judged]),
     }
+
+
+def _retrieval_metrics(retrieval: Mapping[str, FloatArray], judged: BoolArray) -> dict[str, Interval]:
+    """Means of average precision, and shares of queries whose first relevant item comes early enough."""
+    sides = (("clean", "clean_"), ("adv", ""))
+    found = {f"{prefix}map@10": bounded_mean(retrieval[f"{side}_ap"][judged].tolist()) for side, prefix in sides}
+    for k in RECALLS:
+        for side, prefix in sides:
+            found[f"{prefix}recall@{k}"] = _share(retrieval[f"{side}_rank"] <= k, judged)
+    return found
 
 
 def worst_case(outcomes: Sequence[Outcome]) -> dict[str, Interval]:
@@ -190,7 +219,8 @@ def _share_of_all(hits: BoolArray, judged: BoolArray) -> Interval:
     return wilson(int(hits.sum()), len(hits)) if judged.any() else Interval()
 
 
-def _most_frequent(predictions: IntArray) -> int:
+def most_frequent(predictions: IntArray) -> int:
+    """The class predicted most often, -1 where there is no prediction."""
     # Of several equally frequent classes the lowest index, so that the figure is reproducible.
     return int(np.bincount(predictions).argmax()) if len(predictions) else -1
 

@@ -95,4 +95,6 @@ EVENTS: dict[str, Any] = {
     "robust_accuracy": lambda r: r["clean_correct"] and not r["fooled"],
     "flip_rate": lambda r: r["flipped"],
     "clean_accuracy": lambda r: r["clean_correct"],
+    "recall@1": lambda r: None if r["adv_rank"] is None else r["adv_rank"] <= 1,
+    "recall@10": lambda r: None if r["adv_rank"] is None else r["adv_rank"] <= 10,
 }

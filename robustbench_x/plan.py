@@ -164,7 +164,7 @@ def _crafts(
     groups: list[tuple[str | None, tuple[str, ...]]] = (
         [(None, heads)] if spec.access in _BLIND else [(head, (head,)) for head in heads]
     )
-    shields = [(shield, _knowledge(shield, registry, spec)) for shield in config.defense]
+    shields = [(shield, _knowledge(shield, registry, spec, entry)) for shield in config.defense]
     crafts = []
     for seen_head, judged in groups:
         blind: list[tuple[str, Knowledge]] = [(UNDEFENDED, "none")]
@@ -202,13 +202,17 @@ def _crafts(
     return crafts
 
 
-def _knowledge(shield: DefenseConfig, registry: Registry, spec: AttackSpec) -> tuple[Knowledge, ...]:
+def _knowledge(
+    shield: DefenseConfig, registry: Registry, spec: AttackSpec, entry: AttackConfig
+) -> tuple[Knowledge, ...]:
     """The levels at which this attack meets this defence; an attack that asks the model nothing can only be oblivious.
+
+    So can one that comes with a finished artefact: nothing of it was learned through the defence.
 
     Query attacks always face the deployed defence, so they know it by its answers: `full` stands for that.
     """
     levels = shield.knowledge or registry.defenses[shield.name].knowledge
-    if spec.access == "none":
+    if spec.access == "none" or (spec.fits and spec.build(entry.params).artifact):
         return ("oblivious",)
     if spec.access in ("scores", "labels"):
         return ("full",)

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import pydantic
@@ -12,9 +13,21 @@ from torch import Tensor
 from robustbench_x.errors import ConfigError, MissingExtraError, PluginError, near_matches
 from robustbench_x.numbers import parse_number
 from robustbench_x.threat import Norm
-from robustbench_x.views import Access, Knowledge, View
+from robustbench_x.views import Access, FitView, Knowledge, View
 
-__all__ = ["Attack", "AttackSpec", "Defense", "DefenseSpec", "Param", "StandInDefense", "check_spec", "param"]
+__all__ = [
+    "Attack",
+    "AttackSpec",
+    "Defense",
+    "DefenseSpec",
+    "Fitted",
+    "FittedAttack",
+    "Param",
+    "StandInDefense",
+    "Trainer",
+    "check_spec",
+    "param",
+]
 
 ViewT = TypeVar("ViewT", bound=View, contravariant=True)
 
@@ -27,6 +40,44 @@ class Attack(Protocol[ViewT]):
 
     def run(self, view: ViewT) -> Tensor:
         """Candidate images, same shape, dtype and device as `view.inputs`."""
+
+
+class Trainer(Protocol):
+    """A training in progress. The harness draws the batches, calls `step`, counts, stores, resumes.
+
+    Every draw of `step` must follow from the seed of the view and the number of the step alone, and everything
+    else from `state`: then a run that was killed and resumed ends with the same tensors as one that was not.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Optimisation steps in all."""
+
+    @property
+    def batch(self) -> int:
+        """Surrogate images per step; 0 for a method that looks at none."""
+
+    def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
+        """One optimisation step on the surrogate images `index` `(batch,)`; returns its loss terms, 0-d each."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to what `state` returned."""
+
+    def result(self) -> dict[str, Tensor]:
+        """What the attack needs to run: the artefact's tensors."""
+
+
+class FittedAttack(Attack[ViewT], Protocol[ViewT]):
+    """An attack that is trained first, once per encoder; its `run` finds the result in `view.artifact`."""
+
+    artifact: str
+    fit_encoder: str
+
+    def trainer(self, view: FitView) -> Trainer:
+        """A training from its start."""
 
 
 class Defense(Protocol):
@@ -59,6 +110,14 @@ class Param:
 def param(default: Any, help: str) -> Any:  # noqa: A002 - argparse, click and typer call it help
     """A dataclass field with a default and a line of help, for attack and defence parameters."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The parameters of every attack that is trained first; the harness reads them, the attack need not."""
+
+    artifact: str = param("", "file written by rbx fit, or 'shipped'; empty: fit on demand, cached")
+    fit_encoder: str = param("", "encoder source it is fitted on (transfer); empty: the victim's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +189,9 @@ class AttackSpec(_Spec):
         budget: Spends a fixed budget (True) or searches the smallest change and is projected (False).
         deterministic: Makes the same images from the same view and seed, bit for bit, on one machine.
         control: A control (noise), not meant to succeed.
+        fits: Is trained first: the factory derives from `Fitted` and has a `trainer(view)`.
+        shipped: A folder of artefacts that come with the plugin, found by the encoder's digest.
+        partners: Sources of the further public encoders that a built attack is fitted on.
     """
 
     access: Access
@@ -138,6 +200,9 @@ class AttackSpec(_Spec):
     budget: bool = True
     deterministic: bool = True
     control: bool = False
+    fits: bool = False
+    shipped: Path | None = None
+    partners: Callable[[Any], tuple[str, ...]] = lambda attack: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +245,10 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
         _check_choices(where, "access", (spec.access,), typing.get_args(Access))
         _check_choices(where, "norms", spec.norms, typing.get_args(Norm))
         _check_choices(where, "goal", (spec.goal,), ("untargeted", "targeted"))
+        if spec.fits:
+            methods.append("trainer")
+            if spec.access != "encoder" or not issubclass(spec.factory, Fitted):
+                raise PluginError(f"{where}: an attack that is fitted has access encoder and derives from Fitted")
     else:
         _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
         _check_choices(where, "gradient", (spec.gradient,), ("exact", "stand-in"))

@@ -13,13 +13,16 @@ from robustbench_x.store import write_atomically
 __all__ = [
     "SCHEMA_VERSION",
     "CellResult",
+    "Collapse",
     "Decision",
     "EncoderInfo",
     "Finding",
+    "FitInfo",
     "GateVerdict",
     "HeadInfo",
     "Level",
     "Measure",
+    "Provenance",
     "Report",
     "RunInfo",
     "StageProof",
@@ -77,6 +80,52 @@ class Flag(_Stored):
     message: str
 
 
+class Provenance(_Stored):
+    """How an artefact was trained: on what, with what, for how long, to which losses.
+
+    `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step.
+    """
+
+    plugin: str
+    version: str
+    encoder: str
+    encoder_sha256: str
+    input_size: tuple[int, int]
+    partners: tuple[str, ...] = ()
+    surrogate: str
+    surrogate_sha256: str
+    surrogate_samples: int
+    threat: Threat
+    defense: str = "none"
+    knowledge: str = "none"
+    params: dict[str, Any]
+    seed: int
+    steps: int
+    precision: str
+    device: str
+    seconds: float
+    forwards: int
+    backwards: int
+    losses: dict[str, float]
+    created: str
+    packages: dict[str, str]
+
+
+class FitInfo(Provenance):
+    """The artefact a cell was attacked with; `origin` says where it came from: this run's fit, a file, or shipped."""
+
+    sha256: str
+    origin: str
+
+
+class Collapse(_Stored):
+    """The class that absorbs most adversarial images of a cell, and the share of the judged images it takes."""
+
+    label: int
+    name: str
+    share: Measure
+
+
 class CellResult(_Stored):
     """One entry of the matrix, measured."""
 
@@ -97,6 +146,8 @@ class CellResult(_Stored):
     n_errors: int
     metrics: dict[str, Measure]
     flags: tuple[Flag, ...] = ()
+    fit: FitInfo | None = None
+    collapse: Collapse | None = None
 
 
 class WorstCase(_Stored):
@@ -116,13 +167,15 @@ class WorstCase(_Stored):
 
 
 class HeadInfo(_Stored):
-    """How a head was made."""
+    """How a head was made; `classes` names its logits in order."""
 
     encoder: str
     data: str
     head: str
     num_classes: int
     settings: dict[str, Any]
+    task: str = "classification"
+    classes: tuple[str, ...] = ()
 
 
 class EncoderInfo(_Stored):

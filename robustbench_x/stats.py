@@ -5,13 +5,13 @@ exact form of McNemar's test (1947).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from scipy.special import bdtr
 
-__all__ = ["Interval", "mcnemar_exact", "paired_difference", "samples_to_decide", "wilson"]
+__all__ = ["Interval", "bounded_mean", "mcnemar_exact", "paired_difference", "samples_to_decide", "wilson"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,24 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     low, high = _wilson_bounds(successes / n, n, z)
     # Both ends are exact here; rounding would leave 1e-17 and a gate `min = 1` would never hold.
     return Interval(value=successes / n, low=0.0 if successes == 0 else low, high=1.0 if successes == n else high)
+
+
+def bounded_mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The mean of values in [0, 1] with Wilson's interval for a rate of that size; "not measured" without values.
+
+    Of all variables in [0, 1] with a given mean a rate varies most, so the interval is wider than it need be.
+
+    Raises:
+        ValueError: A value lies outside [0, 1], or `confidence` outside (0, 1).
+    """
+    z = _quantile(confidence)
+    if not len(values):
+        return Interval()
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"values must lie in [0, 1], got [{min(values)}, {max(values)}]")
+    mean = math.fsum(values) / len(values)
+    low, high = _wilson_bounds(mean, len(values), z)
+    return Interval(value=mean, low=0.0 if mean == 0 else low, high=1.0 if mean == 1 else high)
 
 
 def paired_difference(b: int, c: int, n: int, confidence: float = 0.95) -> Interval:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from robustbench_x.errors import RunError, UsageError
 
-__all__ = ["ROWS", "RunFolder", "write_atomically"]
+__all__ = ["RANKED", "ROWS", "RunFolder", "write_atomically"]
 
 ROWS = pa.schema(
     [
@@ -44,6 +44,10 @@ ROWS = pa.schema(
         ("l2", pa.float64()),
         ("ssim", pa.float64()),
         ("feature_cosine", pa.float64()),
+        ("clean_ap", pa.float64()),
+        ("adv_ap", pa.float64()),
+        ("clean_rank", pa.float64()),
+        ("adv_rank", pa.float64()),
         ("overrun", pa.float64()),
         ("forwards", pa.float64()),
         ("backwards", pa.float64()),
@@ -53,9 +57,14 @@ ROWS = pa.schema(
     ]
 )
 """One row per sample and cell. Predictions are logit indices, -1 where there is none; measures are null in error
-rows. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
+rows. `clean_ap`, `adv_ap` (average precision of the first 10) and `clean_rank`, `adv_rank` (place of the first relevant
+item) are null where the head ranks nothing. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
 candidate lay outside its budget before projection."""
 
+RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
+"""The columns of a head that ranks a gallery."""
+
+_ARTIFACTS = "artifacts"
 _STATE = ".state"
 _DROPPED = ".state.done"
 _RESULTS = ("report.json", "report.md", "report.html", "report.sarif", "junit.xml", "samples.parquet", "audit.toml")
@@ -168,6 +177,7 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what an audit wrote here, and nothing else."""
         shutil.rmtree(self.state, ignore_errors=True)
+        shutil.rmtree(self.path / _ARTIFACTS, ignore_errors=True)
         for name in _RESULTS:
             (self.path / name).unlink(missing_ok=True)
             (self.path / f"{name}.partial").unlink(missing_ok=True)
@@ -201,6 +211,8 @@ def read_rows(path: Path) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+    for name in (name for name in RANKED if name not in table.column_names):  # runs from before there was retrieval
+        table = table.append_column(name, pa.nulls(len(table), pa.float64()))
     missing = [name for name in ROWS.names if name not in table.column_names]
     if missing:
         raise RunError(f"{path} has no column {', '.join(missing)}")

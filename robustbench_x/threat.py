@@ -17,10 +17,10 @@ from robustbench_x.errors import ConfigError
 from robustbench_x.numbers import format_eps
 from robustbench_x.randomness import SampleRandom
 
-__all__ = ["Norm", "Placement", "ThreatModel"]
+__all__ = ["Norm", "Placement", "ThreatModel", "patch_mask"]
 
 Norm = Literal["linf", "l2", "patch"]
-Placement = Literal["bottom-right", "bottom-left", "top-right", "top-left", "center"]
+Placement = Literal["bottom-right", "bottom-left", "top-right", "top-left", "center", "random"]
 
 _LEVELS = 255.0
 _DIMS = (1, 2, 3)
@@ -33,7 +33,8 @@ class ThreatModel:
     Args:
         norm: `linf`, `l2` or `patch`.
         eps: The budget, in [0, 1] pixel units (`linf`, `l2`) or as a share of the image area (`patch`).
-        placement: Where a patch sits, flush with the named corner (or centred). Unused by other norms.
+        placement: Where a patch sits: flush with the named corner, centred, or `random`, a place of its own for every
+            image, drawn from that image's pixels, so that attack and judge agree on it. Unused by other norms.
 
     Raises:
         ConfigError: Unknown norm or placement, negative or non-finite `eps`, or a `linf`/`patch` budget above 1.
@@ -62,16 +63,30 @@ class ThreatModel:
         """What step sizes are measured against: `eps`, or the full range 1 inside a patch."""
         return (1.0 if self.eps else 0.0) if self.norm == "patch" else self.eps
 
+    def side(self, height: int, width: int) -> int:
+        """Side of the patch square in pixels on an image of that size: the largest whose area the budget covers."""
+        return min(math.isqrt(int(self.eps * height * width + 1e-9)), height, width)
+
+    def corners(self, inputs: Tensor) -> Tensor:
+        """Row and column of the top left pixel of the patch of each image, `(N, 2)` int64."""
+        height, width = inputs.shape[-2:]
+        side = self.side(height, width)
+        free = torch.tensor([height - side, width - side], device=inputs.device)
+        if self.placement == "random":
+            return _drawn_from(inputs) % (free + 1)
+        if self.placement == "center":
+            corner = free // 2
+        else:
+            vertical, horizontal = self.placement.split("-")
+            corner = free * torch.tensor([vertical == "bottom", horizontal == "right"], device=inputs.device)
+        return corner.expand(len(inputs), 2)
+
     def mask(self, inputs: Tensor) -> Tensor:
-        """Pixels that may change, boolean `(1, 1, H, W)`: all of them, or the patch square."""
+        """Pixels that may change, boolean `(N, 1, H, W)`: all of them, or the patch square."""
         height, width = inputs.shape[-2:]
         if self.norm != "patch":
-            return torch.ones(1, 1, height, width, dtype=torch.bool, device=inputs.device)
-        side = min(math.isqrt(int(self.eps * height * width + 1e-9)), height, width)
-        top, left = _corner(self.placement, height - side, width - side)
-        mask = torch.zeros(1, 1, height, width, dtype=torch.bool, device=inputs.device)
-        mask[..., top : top + side, left : left + side] = True
-        return mask
+            return torch.ones(len(inputs), 1, height, width, dtype=torch.bool, device=inputs.device)
+        return patch_mask(self.corners(inputs), self.side(height, width), height, width)
 
     def project(self, candidates: Tensor, inputs: Tensor) -> Tensor:
         """The closest images to `candidates` inside the budget around `inputs` and inside [0, 1].
@@ -115,11 +130,23 @@ class ThreatModel:
         return _NORMS[self.norm].quantize(candidates, inputs, self)
 
 
-def _corner(placement: Placement, free_rows: int, free_columns: int) -> tuple[int, int]:
-    if placement == "center":
-        return free_rows // 2, free_columns // 2
-    vertical, horizontal = placement.split("-")
-    return (free_rows if vertical == "bottom" else 0), (free_columns if horizontal == "right" else 0)
+def patch_mask(corners: Tensor, side: int, height: int, width: int) -> Tensor:
+    """True inside the square of `side` pixels whose top left pixel is at `corners` `(N, 2)`; boolean `(N, 1, H, W)`."""
+    top, left = corners.view(-1, 2, 1, 1).unbind(1)
+    rows = torch.arange(height, device=corners.device).view(1, -1, 1)
+    columns = torch.arange(width, device=corners.device).view(1, 1, -1)
+    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    return inside.unsqueeze(1)
+
+
+def _drawn_from(inputs: Tensor) -> Tensor:
+    """Two whole numbers per image, `(N, 2)` in [0, 2**31), from its 8-bit levels by exact integer sums."""
+    levels = (inputs.detach() * _LEVELS).round().long().flatten(1)
+    place = torch.arange(1, levels.shape[1] + 1, device=inputs.device)
+    weights = torch.stack([(place * 40503) % 65521, (place * 30011) % 65519], dim=1)
+    # By rows: a matrix product of integers exists on no GPU.
+    sums = torch.stack([(levels * weights[:, k]).sum(dim=1) for k in (0, 1)], dim=1)
+    return ((sums * 1103515245 + 12345) % 2**31) // 2**7
 
 
 def _flat_norm(change: Tensor) -> Tensor:

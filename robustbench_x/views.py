@@ -6,7 +6,7 @@ through the attributes of its view. This keeps honest code honest and makes a sl
 sandbox: a plugin is code you installed, and Python lets it read the whole process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -22,6 +22,8 @@ __all__ = [
     "Access",
     "EncoderHandle",
     "EncoderView",
+    "FitView",
+    "ImagePool",
     "ImageView",
     "Knowledge",
     "Meter",
@@ -210,11 +212,51 @@ class ImageView(View):
 class EncoderView(View):
     """Access `encoder`: the public encoder and unlabelled surrogate images; no head, no labels, no downstream data.
 
-    `surrogate` is `(M, 3, H, W)` in [0, 1], or None when the audit names no surrogate data.
+    `surrogate` is `(M, 3, H, W)` in [0, 1], or None when the audit names no surrogate data. `artifact` holds what an
+    attack that is trained first learned, and is None for every other attack and where the budget is zero.
     """
 
     encoder: EncoderHandle
     surrogate: Tensor | None = None
+    artifact: Mapping[str, Tensor] | None = None
+
+
+@final
+class ImagePool:
+    """Unlabelled images, kept as bytes and handed out as pixels.
+
+    Args:
+        levels: `(M, 3, H, W)` uint8, on the CPU.
+        device: Where batches are returned.
+    """
+
+    def __init__(self, levels: Tensor, *, device: torch.device | str = "cpu") -> None:
+        self._levels = levels
+        self._device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Pixels `(len(index), 3, H, W)` float32 in [0, 1] of the images at `index`."""
+        return self._levels[index.cpu()].to(self._device, non_blocking=True).float().div(255)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitView:
+    """What a training is handed, at access `encoder`: public encoders and unlabelled images, nothing downstream.
+
+    `encoder` is the one it is fitted on, through the defence as far as the attacker knows it; `partners` are the
+    further public encoders it asked for; `surrogate` holds images of the encoder's input size; all randomness
+    follows from `seed`.
+    """
+
+    encoder: EncoderHandle
+    surrogate: ImagePool
+    threat: ThreatModel
+    seed: int
+    device: torch.device
+    partners: tuple[EncoderHandle, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

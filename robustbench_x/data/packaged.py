@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from robustbench_x.data.crops import open_crops
 from robustbench_x.data.dataset import Dataset, DataSource, Item, read_image
 from robustbench_x.errors import DataError, MissingExtraError, UnknownNameError
 
@@ -89,12 +90,12 @@ def _photos(source: str) -> Dataset:
     )
 
 
-_OPENERS = {"digits": _digits, "photos": _photos}
+_OPENERS = {"digits": _digits, "photos": _photos, "crops": open_crops}
 
 SOURCE = DataSource(
     scheme="packaged",
     usage="packaged:digits",
-    summary="labelled images that ship inside Python packages, offline",
+    summary="images that ship inside Python packages, offline; crops are unlabelled, a surrogate set",
     open=_open,
     names=tuple(_OPENERS),
 )

@@ -9,11 +9,12 @@ import pyarrow as pa
 from robustbench_x.config import AuditConfig
 from robustbench_x.diagnose import CellRecord, check_attackers, check_cell, check_pair, error_messages
 from robustbench_x.errors import RunError
-from robustbench_x.metrics import Outcome, compute, worst_case
+from robustbench_x.metrics import Outcome, compute, most_frequent, worst_case
 from robustbench_x.plan import Cell, Plan, with_noise
 from robustbench_x.registry import Registry
-from robustbench_x.result import CellResult, Finding, Flag, Measure, Threat, WorstCase
-from robustbench_x.stats import Interval
+from robustbench_x.result import CellResult, Collapse, Finding, FitInfo, Flag, HeadInfo, Measure, Threat, WorstCase
+from robustbench_x.stats import Interval, wilson
+from robustbench_x.store import RANKED
 
 __all__ = ["Assembled", "assemble_cells", "cell_findings", "worst_cases"]
 
@@ -126,13 +127,21 @@ def _worst(group: Sequence[CellRecord]) -> WorstCase:
     )
 
 
-def cell_result(record: CellRecord, flags: Sequence[Finding], *, params: Mapping[str, Any]) -> CellResult:
+def cell_result(
+    record: CellRecord,
+    flags: Sequence[Finding],
+    *,
+    params: Mapping[str, Any],
+    fit: FitInfo | None,
+    head: HeadInfo,
+) -> CellResult:
     """A record as the report stores it."""
     cell, outcome = record.cell, record.outcome
     return CellResult(
         id=cell.id,
         encoder=cell.encoder,
         head=cell.head,
+        task=head.task,
         data=cell.data,
         defense=cell.defense,
         knowledge=cell.knowledge,
@@ -146,7 +155,19 @@ def cell_result(record: CellRecord, flags: Sequence[Finding], *, params: Mapping
         n_errors=int(outcome.error.sum()),
         metrics=record.metrics,
         flags=tuple(Flag(id=f.id, level=f.level, message=f.message) for f in flags),
+        fit=fit,
+        collapse=_collapse(outcome, head.classes),
     )
+
+
+def _collapse(outcome: Outcome, names: Sequence[str]) -> Collapse | None:
+    """The class that absorbs most adversarial images; of several the lowest, as for the collapse ceiling."""
+    predictions = outcome.adv_pred[outcome.judged]
+    if not len(predictions):
+        return None
+    label = most_frequent(predictions)
+    share = measure(wilson(int((predictions == label).sum()), len(predictions)))
+    return Collapse(label=label, name=names[label] if label < len(names) else str(label), share=share)
 
 
 def stored_threat(cell: Cell) -> Threat:
@@ -175,4 +196,6 @@ def _outcome(own: Mapping[str, np.ndarray]) -> Outcome:
         for name in ("linf", "l2", "ssim", "feature_cosine", "forwards", "backwards", "seconds")
     }
     values |= {name: own[name].astype(np.int64) for name in ("label", "clean_pred", "adv_pred", "adv8_pred")}
-    return Outcome(error=error, target=np.full(len(error), -1, dtype=np.int64), **values)
+    ranked = {name: own[name].astype(float) for name in RANKED}
+    retrieval = ranked if np.isfinite(ranked["adv_ap"]).any() else None
+    return Outcome(error=error, target=np.full(len(error), -1, dtype=np.int64), retrieval=retrieval, **values)

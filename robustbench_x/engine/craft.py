@@ -12,6 +12,7 @@ from torch import Tensor
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import Batch, StageAtWork
+from robustbench_x.heads.base import FittedHead
 from robustbench_x.judge import (
     UNJUDGED,
     Admitted,
@@ -23,10 +24,12 @@ from robustbench_x.judge import (
     measure,
     predict,
     read_features,
+    retrieve,
 )
 from robustbench_x.plan import Cell, Craft
 from robustbench_x.plugin import Attack, AttackSpec
 from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.store import RANKED
 from robustbench_x.victim import perceive
 from robustbench_x.views import (
     EncoderHandle,
@@ -48,12 +51,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class AttackAtWork:
-    """A craft with its built attack and what it may use."""
+    """A craft with its built attack and what it may use; `failure` says why a fitted attack learned nothing."""
 
     craft: Craft
     spec: AttackSpec
     attack: Attack[Any]
     surrogate: Tensor | None
+    artifact: Mapping[str, Tensor] | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +196,9 @@ def _view(
         through = perceive(shield, craft.knowledge)
         handle = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
         surrogate = None if work.surrogate is None else work.surrogate.clone()
-        return EncoderView(**shared, encoder=handle, surrogate=surrogate)
+        learned = work.artifact
+        artifact = None if learned is None else {k: t.to(stage.device, copy=True) for k, t in learned.items()}
+        return EncoderView(**shared, encoder=handle, surrogate=surrogate, artifact=artifact)
     head = stage.heads[craft.head]
     rows = list(batch.positions[part])
     shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
@@ -252,6 +259,7 @@ def _rows(
     cosine = feature_cosine(adversarial, clean).tolist()
     linf, l2, ssim = (m.tolist() for m in (made.measured.linf, made.measured.l2, made.measured.ssim))
     overrun = made.admitted.overrun.tolist()
+    ranked = _ranked(head, clean, adversarial, labels)
     rows = []
     for i, error in enumerate(first_errors(made.admitted.errors, *(v.errors for v in verdicts))):
         if error is not None:
@@ -274,6 +282,7 @@ def _rows(
                 "l2": l2[i],
                 "ssim": ssim[i],
                 "feature_cosine": cosine[i],
+                **{name: values[i] for name, values in ranked.items()},
                 "overrun": overrun[i],
                 "forwards": made.forwards,
                 "backwards": made.backwards,
@@ -282,6 +291,15 @@ def _rows(
             }
         )
     return rows
+
+
+def _ranked(head: FittedHead, clean: Reading, adversarial: Reading, labels: Tensor) -> dict[str, list[float]]:
+    """The retrieval columns; none where the head ranks nothing."""
+    if head.task != "retrieval":
+        return {}
+    before, after = retrieve(clean, head, labels), retrieve(adversarial, head, labels)
+    values = (before.precision, after.precision, before.first, after.first)
+    return {name: column.tolist() for name, column in zip(RANKED, values, strict=True)}
 
 
 def _error_row(stage: StageAtWork, cell: Cell, batch: Batch, index: int, error: str, seed: int) -> Row:

@@ -17,7 +17,7 @@ from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_re
 from robustbench_x.findings import finding
 from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
-from robustbench_x.result import DataInfo, EncoderInfo, Finding, HeadInfo, Report, RunInfo, StageProof, write_report
+from robustbench_x.result import DataInfo, EncoderInfo, Finding, FitInfo, HeadInfo, Report, RunInfo, StageProof, write_report
 from robustbench_x.store import RunFolder, write_atomically
 
 __all__ = ["Evidence", "finish", "make_report", "now", "write_results"]
@@ -41,6 +41,7 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
         evaluated={(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages},
         probes=tuple(probes),
         proofs=tuple(StageProof(**s["proof"]) for s in stages),
+        fits=_fits(folder, plan),
     )
     report = make_report(evidence, _run_info(folder, plan, config), plan, config, registry)
     write_results(report, evidence.rows, config, folder.path)
@@ -52,7 +53,8 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
 class Evidence:
     """What a report is made from: rows, and what they were measured on.
 
-    `evaluated` is the number of samples of each (encoder, data); `probes` are findings about victims.
+    `evaluated` is the number of samples of each (encoder, data); `probes` are findings about victims; `fits` holds
+    what each cell's attack had learned, by cell.
     """
 
     rows: pa.Table
@@ -62,6 +64,7 @@ class Evidence:
     evaluated: Mapping[tuple[str, str], int]
     probes: tuple[Finding, ...]
     proofs: tuple[StageProof, ...]
+    fits: Mapping[str, FitInfo]
 
 
 def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfig, registry: Registry) -> Report:
@@ -70,12 +73,13 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
     Raises:
         RunError: A cell lacks a sample, or has one twice.
     """
+    heads = {(h.encoder, h.data, h.head): h for h in evidence.heads}
     records = assemble_cells(
         evidence.rows,
         plan,
         config,
         registry,
-        num_classes={(h.encoder, h.data, h.head): h.num_classes for h in evidence.heads},
+        num_classes={key: head.num_classes for key, head in heads.items()},
         evaluated=evidence.evaluated,
     )
     findings = [*evidence.probes, *_training_findings(evidence.heads), *cell_findings(records)]
@@ -85,6 +89,8 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
             record,
             [f for f in findings if f.cell == cell or cell in f.applies_to],
             params=params[record.cell.attack],
+            fit=evidence.fits.get(cell),
+            head=heads[record.cell.encoder, record.cell.data, record.cell.head],
         )
         for cell, record in records.items()
     )
@@ -100,6 +106,13 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         findings=tuple(findings),
         proofs=evidence.proofs,
     )
+
+
+def _fits(folder: RunFolder, plan: Plan) -> dict[str, FitInfo]:
+    """What each cell's attack had learned; a training that failed left none."""
+    crafts = [craft for stage in plan.stages for craft in stage.crafts]
+    notes = {craft.id: folder.notes(f"fit-{craft.id}") for craft in crafts}
+    return {cell.id: FitInfo(**note) for craft in crafts if (note := notes[craft.id]) for cell in craft.cells}
 
 
 def write_results(report: Report, rows: pa.Table, config: AuditConfig, out: Path) -> None:

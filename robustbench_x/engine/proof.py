@@ -64,6 +64,8 @@ def stage_notes(stage: StageAtWork) -> dict[str, Any]:
                 head=name,
                 num_classes=head.num_classes,
                 settings=head.settings,
+                task=head.task,
+                classes=head.class_names,
             ).model_dump(mode="json")
             for name, head in stage.heads.items()
         ],

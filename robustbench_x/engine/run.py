@@ -1,5 +1,6 @@
 """Runs an audit from plan to stored report; killed anywhere, it continues where it stopped."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, final
 
@@ -10,14 +11,16 @@ from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, draw_subset, open_dataset
 from robustbench_x.encoders.encoder import LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine.artifacts import Artifacts
 from robustbench_x.engine.craft import AttackAtWork, craft_rows, failed_rows, is_out_of_memory
 from robustbench_x.engine.finish import finish, now
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_notes
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
-from robustbench_x.errors import DataError, RunError, UsageError
-from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan, with_noise
+from robustbench_x.engine.supply import Supply
+from robustbench_x.errors import DataError, RunError, SampleError, UsageError
+from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.result import Report, StageProof, read_report
 from robustbench_x.store import RunFolder
@@ -108,7 +111,18 @@ class _Run:
         self._part = self.batch_size
         self._loaded: tuple[str, LoadedEncoder] | None = None
         self._datasets: dict[str, Dataset] = {}
-        self._infos: dict[str, dict[str, Any]] = {}
+        supply = Supply(
+            registry=registry,
+            open_dataset=self._dataset,
+            surrogate=config.surrogate,
+            samples=config.surrogate_samples,
+            seed=config.seed,
+            device=self.device,
+            progress=self.progress,
+            bf16=config.precision == "bf16",
+            allow_pickle=config.allow_pickle,
+        )
+        self._artifacts = Artifacts(folder=folder, config=config, supply=supply)
 
     def verify(self, report: Report) -> Report:
         """The stored report of a finished run, once it is shown to be about what the sources hold today.
@@ -117,12 +131,19 @@ class _Run:
             RunError: Weights, code, heads or images changed since.
         """
         proofs = {(proof.encoder, proof.data): proof for proof in report.proofs}
+        fits = {cell.id: cell.fit for cell in report.cells}
         for stage in self.plan.stages:
             stored = proofs.get((stage.encoder, stage.data))
-            if stored is None or not same_proof(stored, proof_of(self._at_work(stage))):
+            work = self._at_work(stage)
+            if stored is None or not same_proof(stored, proof_of(work)):
                 raise RunError(
                     f"{self.folder.path}: {changed(stage)} finished; name another --out, or start over with --no-resume"
                 )
+            for craft in stage.crafts:
+                used = fits.get(craft.cells[0].id)
+                if used is not None:
+                    spec = self.registry.attacks[craft.attack.name]
+                    self._artifacts.check(work, craft, spec, spec.build(craft.attack.params), used)
         self.progress.say(f"{self.folder.path} holds this very audit, finished {report.run.finished}: nothing was run")
         return report
 
@@ -194,17 +215,35 @@ class _Run:
             self.folder.note(
                 f"probes-{number}", {"findings": [f.model_dump() for f in probe_stage(work, self.registry)]}
             )
-        surrogate = self._surrogate(work) if any(c.head is None for c in stage.crafts) else None
-        attacks = {entry.title: entry for entry in with_noise(self.config.attack)}
-        for craft in stage.crafts:
-            spec = self.registry.attacks[craft.attack.name]
-            at_work = AttackAtWork(
+        specs = {craft.id: self.registry.attacks[craft.attack.name] for craft in stage.crafts}
+        asks = any(spec.access == "encoder" and not spec.fits for spec in specs.values())
+        surrogate = self._surrogate(work) if asks else None
+        at_work = [
+            AttackAtWork(
                 craft=craft,
-                spec=spec,
-                attack=spec.build(attacks[craft.attack.title].params),
-                surrogate=surrogate if spec.access == "encoder" else None,
+                spec=specs[craft.id],
+                attack=specs[craft.id].build(craft.attack.params),
+                surrogate=surrogate if specs[craft.id].access == "encoder" else None,
             )
-            self._run_craft(work, at_work)
+            for craft in stage.crafts
+        ]
+        # What was asked for and cannot be had is known before hours are spent.
+        for attack in at_work:
+            if attack.spec.fits and attack.attack.artifact:  # type: ignore[attr-defined]
+                self._with_artifact(work, attack)
+        for attack in at_work:
+            self._run_craft(work, self._with_artifact(work, attack))
+
+    def _with_artifact(self, stage: StageAtWork, work: AttackAtWork) -> AttackAtWork:
+        """`work` with what it learned, or with why it learned nothing: its samples then become error rows."""
+        if not work.spec.fits or work.craft.threat.radius == 0:
+            return work
+        try:
+            artifact = self._artifacts.take(stage, work.craft, work.spec, work.attack)  # type: ignore[arg-type]
+        except SampleError as error:
+            self.progress.say(str(error))
+            return dataclasses.replace(work, failure=str(error))
+        return dataclasses.replace(work, artifact=artifact.tensors)
 
     def _run_craft(self, stage: StageAtWork, work: AttackAtWork) -> None:
         craft = work.craft
@@ -219,6 +258,8 @@ class _Run:
     def _rows(self, stage: StageAtWork, work: AttackAtWork, number: int) -> list[dict[str, Any]]:
         """Rows of one batch, in parts that fit the memory: each shortage halves the part, for good."""
         batch = stage.batch(number)
+        if work.failure is not None:
+            return failed_rows(stage, work, batch, slice(0, len(batch.images)), work.failure)
         usual = self._part
         while True:
             try:

@@ -2,14 +2,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_x.errors import DataError, near_matches
 
-__all__ = ["FittedHead", "HeadSpec"]
+__all__ = ["FittedHead", "HeadSpec", "Ranking", "Task"]
+
+Task = Literal["classification", "retrieval"]
+
+
+class Ranking(NamedTuple):
+    """How well a gallery is ranked, per query: average precision `(N,)`, and the place of the first relevant item."""
+
+    precision: Tensor
+    first: Tensor
 
 
 @final
@@ -22,6 +31,7 @@ class FittedHead(nn.Module):
         num_classes: K.
         aliases: Class names (and ids) to logit index.
         settings: How it was made, for the report.
+        task: `retrieval` when the layer also has `rank(features, labels)`.
     """
 
     def __init__(
@@ -32,9 +42,11 @@ class FittedHead(nn.Module):
         num_classes: int,
         aliases: Mapping[str, int],
         settings: Mapping[str, Any] | None = None,
+        task: Task = "classification",
     ) -> None:
         super().__init__()
         self.name = name
+        self.task = task
         self.layer = layer
         self.num_classes = num_classes
         self.aliases = dict(aliases)
@@ -45,6 +57,17 @@ class FittedHead(nn.Module):
         """Logits `(N, K)` float32."""
         logits: Tensor = self.layer(features)
         return logits.float()
+
+    def rank(self, features: Tensor, labels: Tensor) -> Ranking:
+        """How well the gallery is ranked for queries of `labels` `(N,)`; only where the task is `retrieval`."""
+        ranking: Ranking = self.layer.rank(features, labels)  # type: ignore[operator]
+        return ranking
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name of every logit, in order: of several aliases the last that is registered (a word, not an id)."""
+        names = {index: alias for alias, index in self.aliases.items()}
+        return tuple(names.get(index, str(index)) for index in range(self.num_classes))
 
     def match(self, classes: Sequence[str]) -> Tensor:
         """The logit index of each class name, `(len(classes),)` int64.
@@ -84,3 +107,4 @@ class HeadSpec:
     fit: Callable[[Tensor, Tensor, int, int], nn.Module] | None = None
     restore: Callable[[Mapping[str, Tensor]], nn.Module] | None = None
     settings: Mapping[str, Any] | None = None
+    task: Task = "classification"

@@ -101,6 +101,7 @@ def build_head(
             "unreadable": len(found.unreadable),
             "unreadable_first": list(found.unreadable[:_SHOWN]),
         },
+        task=spec.task,
     ).to(device)
 
 

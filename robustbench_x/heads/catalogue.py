@@ -1,6 +1,6 @@
 """The heads that ship with the core."""
 
-from robustbench_x.heads import knn, linear, mlp, prototype
+from robustbench_x.heads import knn, linear, mlp, prototype, retrieval
 from robustbench_x.heads.base import HeadSpec
 
 __all__ = ["HEADS"]
@@ -11,5 +11,6 @@ HEADS: tuple[HeadSpec, ...] = (
     mlp.SPEC,
     knn.SPEC,
     prototype.SPEC,
+    retrieval.SPEC,
     HeadSpec(name="file", summary="a saved head: file:HEAD.safetensors"),
 )

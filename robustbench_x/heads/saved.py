@@ -87,6 +87,7 @@ def read_head(path: Path, *, name: str, encoder: Encoder, registry: "Registry") 
         num_classes=len(classes),
         aliases={label: index for index, label in enumerate(classes)},
         settings={**settings, "file_sha256": file_sha256(path)},
+        task=spec.task,
     )
     shape = tuple(head(torch.zeros(1, encoder.feature_dim)).shape)
     if shape != (1, len(classes)):

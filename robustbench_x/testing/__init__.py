@@ -13,6 +13,6 @@ A check raises AssertionError, saying what was broken, and returns nothing.
 
 from robustbench_x.testing.attacks import ATTACK_CHECKS
 from robustbench_x.testing.defenses import DEFENSE_CHECKS
-from robustbench_x.testing.toys import ToyVictim, linear_victim, make_view, toy_victim
+from robustbench_x.testing.toys import ToyVictim, fit_toy, linear_victim, make_view, toy_victim
 
-__all__ = ["ATTACK_CHECKS", "DEFENSE_CHECKS", "ToyVictim", "linear_victim", "make_view", "toy_victim"]
+__all__ = ["ATTACK_CHECKS", "DEFENSE_CHECKS", "ToyVictim", "fit_toy", "linear_victim", "make_view", "toy_victim"]

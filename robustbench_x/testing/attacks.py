@@ -11,7 +11,7 @@ from robustbench_x.integrity import Seal
 from robustbench_x.judge import admit
 from robustbench_x.plugin import AttackSpec, check_spec
 from robustbench_x.stats import mcnemar_exact
-from robustbench_x.testing.toys import ToyVictim, make_view, toy_victim
+from robustbench_x.testing.toys import ToyVictim, fit_toy, make_view, toy_victim
 from robustbench_x.threat import Norm, ThreatModel
 
 __all__ = ["ATTACK_CHECKS"]
@@ -68,8 +68,11 @@ def repeats_by_seed(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
 def leaves_everything_alone(spec: AttackSpec, params: Params = _DEFAULTS) -> None:
     """Weights, buffers, modes, gradients, hooks, inputs and the global generator are as they were."""
     victim, threat = toy_victim(), _middle(spec)
-    seal = Seal(victim.encoder, victim.head)
-    view = make_view(spec.access, victim, threat)
+    seal, before = Seal(victim.encoder, victim.head), torch.get_rng_state()
+    artifact = _learned(spec, params, victim, threat)
+    assert seal.broken() is None, f"{spec.name}, trained: {seal.broken()}"
+    assert torch.equal(torch.get_rng_state(), before), f"{spec.name} moved the global generator while it trained"
+    view = make_view(spec.access, victim, threat, artifact=artifact)
     inputs, state = view.inputs.clone(), torch.get_rng_state()
     spec.build(params).run(view)
     assert seal.broken() is None, f"{spec.name}: {seal.broken()}"
@@ -119,8 +122,18 @@ ATTACK_CHECKS: tuple[Callable[..., None], ...] = (
 
 
 def _run(spec: AttackSpec, params: Params, victim: ToyVictim, threat: ThreatModel, *, seed: int = 0) -> Tensor:
-    images: Tensor = spec.build(params).run(make_view(spec.access, victim, threat, seed=seed))
+    artifact = _learned(spec, params, victim, threat, seed=seed)
+    images: Tensor = spec.build(params).run(make_view(spec.access, victim, threat, seed=seed, artifact=artifact))
     return images
+
+
+def _learned(
+    spec: AttackSpec, params: Params, victim: ToyVictim, threat: ThreatModel, *, seed: int = 0
+) -> dict[str, Tensor] | None:
+    """What a fitted attack learned, as the harness hands it over; None for the others and at a budget of zero."""
+    if not spec.fits or threat.radius == 0:
+        return None
+    return fit_toy(spec, params, victim, threat, seed=seed).tensors
 
 
 def _middle(spec: AttackSpec) -> ThreatModel:

@@ -1,7 +1,8 @@
 """Small victims with real encoders and heads, and the view an attack gets of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, Preprocessing, Tokens
+from robustbench_x.fitting.artifact import Artifact
+from robustbench_x.fitting.job import FitJob, Pool
 from robustbench_x.heads.base import FittedHead
+from robustbench_x.plugin import AttackSpec
 from robustbench_x.randomness import SampleRandom, derive_seed
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import (
@@ -25,7 +29,7 @@ from robustbench_x.views import (
     WhiteboxView,
 )
 
-__all__ = ["ToyVictim", "linear_victim", "make_view", "toy_victim"]
+__all__ = ["ToyVictim", "fit_toy", "linear_victim", "make_view", "toy_job", "toy_victim"]
 
 SIDE = 16
 
@@ -129,8 +133,9 @@ def make_view(
     seed: int = 0,
     exhaustive: bool = False,
     meter: Meter | None = None,
+    artifact: Mapping[str, Tensor] | None = None,
 ) -> View:
-    """The view that an attack with `access` gets of `victim`, undefended."""
+    """The view that an attack with `access` gets of `victim`, undefended; `artifact` is what a fitted one learned."""
     meter = meter or Meter()
     shared: dict[str, Any] = {
         "inputs": victim.images.clone(),
@@ -141,12 +146,47 @@ def make_view(
     if access == "none":
         return ImageView(**shared)
     if access == "encoder":
-        return EncoderView(**shared, encoder=EncoderHandle(victim.encoder, lambda images: images, meter))
+        handle = EncoderHandle(victim.encoder, lambda images: images, meter)
+        return EncoderView(**shared, encoder=handle, artifact=artifact)
     shared |= {"labels": victim.labels.clone(), "num_classes": victim.head.num_classes}
     if access == "whitebox":
         return WhiteboxView(**shared, model=ModelHandle(victim.logits, meter))
     answer = "scores" if access == "scores" else "labels"
     return QueryView(**shared, query=Query(victim.logits, meter, answer=answer, cap=None))  # type: ignore[arg-type]
+
+
+def fit_toy(
+    spec: AttackSpec,
+    params: Mapping[str, Any],
+    victim: ToyVictim,
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    every: float = 20.0,
+) -> Artifact:
+    """What a fitted attack learns on the toy encoder from 24 blurred random images."""
+    return toy_job(spec, params, victim, threat, seed=seed).run(checkpoint, every=every)
+
+
+def toy_job(
+    spec: AttackSpec, params: Mapping[str, Any], victim: ToyVictim, threat: ThreatModel, *, seed: int = 0
+) -> FitJob:
+    """The training of a fitted attack on the toy encoder, alone or with itself as every partner it asks for."""
+    generator = torch.Generator().manual_seed(derive_seed("surrogate", seed))
+    coarse = torch.rand(24, 3, 4, 4, generator=generator)
+    images = F.interpolate(coarse, victim.encoder.input_size, mode="bilinear", align_corners=False)
+    attack = spec.build(params)
+    return FitJob(
+        spec=spec,
+        attack=attack,
+        encoder=victim.encoder,
+        partners=tuple(victim.encoder for _ in spec.partners(attack)),
+        pool=Pool(source="toy:surrogate", levels=(images * 255).round().to(torch.uint8), sha256=str(seed)),
+        threat=threat,
+        seed=seed,
+        device=torch.device("cpu"),
+    )
 
 
 def _linear_head(weight: Tensor, bias: Tensor) -> FittedHead:

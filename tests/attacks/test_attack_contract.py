@@ -26,6 +26,9 @@ QUICK: dict[str, dict[str, object]] = {
     "torchattacks:EADEN": {"steps": 10, "search_steps": 2},
     "torchattacks:CW": {"steps": 20},
     "torchattacks:Pixle": {"restarts": 5},
+    "advencoder": {"steps": 30},
+    **dict.fromkeys(("uap", "ssp", "dr", "fff", "pap"), {"steps": 30}),
+    "xtransfer": {"steps": 30, "partners": ["toy"]},
 }
 """Parameters that make the slow ones quick; their strength is not what this test is about."""
 CHECKS = {check.__name__: check for check in ATTACK_CHECKS}

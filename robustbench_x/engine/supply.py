@@ -1,0 +1,179 @@
+"""How a fitted attack comes by its artefact: a file, a shipped one, the cache, or a training now."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+
+from robustbench_x import cache
+from robustbench_x.data.dataset import Dataset, draw_subset
+from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine.isolation import isolated
+from robustbench_x.engine.progress import Progress
+from robustbench_x.errors import SampleError, SourceError, UsageError
+from robustbench_x.fitting.artifact import Artifact, check_artifact, read_artifact, write_artifact
+from robustbench_x.fitting.job import FitJob, Pool, make_pool
+from robustbench_x.plan import UNDEFENDED
+from robustbench_x.plugin import AttackSpec, FittedAttack
+from robustbench_x.registry import Registry
+from robustbench_x.threat import ThreatModel
+from robustbench_x.victim import Shield
+from robustbench_x.views import Knowledge
+
+__all__ = ["DEFAULT_SURROGATE", "SHIPPED", "Perceived", "Supplied", "Supply"]
+
+DEFAULT_SURROGATE = "packaged:crops"
+"""What an attacker trains on when no surrogate data is named."""
+SHIPPED = "shipped"
+
+
+class Supplied(NamedTuple):
+    """An artefact, and where it came from in words."""
+
+    artifact: Artifact
+    origin: str
+
+
+class Perceived(NamedTuple):
+    """The defence as the attacker has it: what a training runs through."""
+
+    shield: Shield | None = None
+    title: str = UNDEFENDED
+    params: Mapping[str, Any] | None = None
+    knowledge: Knowledge = "none"
+
+
+UNSEEN = Perceived()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What every training of one command shares. `open_dataset` opens a data source; `fresh` ignores the cache."""
+
+    registry: Registry
+    open_dataset: Callable[[str], Dataset]
+    surrogate: str | None
+    samples: int
+    seed: int
+    device: torch.device
+    progress: Progress
+    bf16: bool = False
+    allow_pickle: bool = False
+    fresh: bool = False
+
+    def artifact(
+        self,
+        spec: AttackSpec,
+        attack: FittedAttack[Any],
+        victim: Encoder,
+        threat: ThreatModel,
+        perceived: Perceived = UNSEEN,
+    ) -> Supplied:
+        """The artefact that `attack` asks for, or one trained for `threat` on its encoder.
+
+        Raises:
+            UsageError: What was asked for cannot be had, or does not belong to this encoder, attack or norm.
+            SampleError: The training failed.
+        """
+        other = attack.fit_encoder not in ("", victim.source)
+        encoder = self.load(attack.fit_encoder) if other else victim
+        if not attack.artifact:
+            return self._fitted(self.job(spec, attack, encoder, threat, perceived))
+        found = _find(spec, attack.artifact, encoder)
+        check_artifact(
+            found.artifact,
+            where=found.origin,
+            plugin=spec.name,
+            source=encoder.source,
+            sha256=encoder.sha256,
+            norm=threat.norm,
+        )
+        return found
+
+    def job(
+        self, spec: AttackSpec, attack: FittedAttack[Any], encoder: Encoder, threat: ThreatModel, perceived: Perceived
+    ) -> FitJob:
+        """The training of `attack` on `encoder`."""
+        return FitJob(
+            spec=spec,
+            attack=attack,
+            encoder=encoder,
+            partners=tuple(self.load(source) for source in spec.partners(attack)),
+            pool=self._pool(encoder),
+            threat=threat,
+            seed=self.seed,
+            device=self.device,
+            bf16=self.bf16,
+            shield=perceived.shield,
+            shield_title=perceived.title,
+            shield_params=perceived.params,
+            knowledge=perceived.knowledge,
+        )
+
+    def load(self, source: str) -> Encoder:
+        """A further encoder, on the device."""
+        self.progress.task(f"loading {source}")
+        return load_encoder(source, self.registry, allow_pickle=self.allow_pickle).encoder.to(self.device)
+
+    def _pool(self, encoder: Encoder) -> Pool:
+        source = self.surrogate or DEFAULT_SURROGATE
+        dataset = self.open_dataset(source)
+        items = draw_subset(dataset.train or dataset.test, self.samples, seed=self.seed)
+        self.progress.task(f"reading {len(items)} surrogate images of {source}")
+        pool = make_pool(source, items, encoder.preprocessing)
+        for message in pool.unreadable:
+            self.progress.say(f"surrogate image left out: {message}")
+        return pool
+
+    def _fitted(self, job: FitJob) -> Supplied:
+        """Trained now or earlier; an interrupted training goes on."""
+        path = cache.cache_dir() / "fits" / f"{job.key()}.safetensors"
+        checkpoint = path.with_suffix(".partial.safetensors")
+        if self.fresh:
+            path.unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
+        if path.exists():
+            try:
+                return Supplied(read_artifact(path), "fitted earlier with these settings")
+            except SourceError:
+                self.progress.say(f"{path} is damaged: it is made again")
+        name, source = job.spec.name, job.encoder.source
+        self.progress.task(f"fitting {name} on {source}")
+
+        def show(done: int, total: int, losses: Mapping[str, float]) -> None:
+            terms = ", ".join(f"{term} {value:.3g}" for term, value in losses.items())
+            self.progress.task(f"fitting {name} on {source}: step {done} of {total}, {terms}")
+
+        try:
+            with isolated(self.seed, self.device):
+                artifact = job.run(checkpoint, show)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:  # a plugin that leaves must not end an audit with its own code
+            raise SampleError(f"the training of {name} failed: {type(error).__name__}: {error}") from error
+        write_artifact(path, artifact)
+        checkpoint.unlink(missing_ok=True)
+        made = artifact.provenance
+        self.progress.say(f"{name} fitted on {source} with {made.surrogate}: {made.steps} steps, {made.seconds:.0f} s")
+        return Supplied(artifact, "fitted for this run")
+
+
+def _find(spec: AttackSpec, asked: str, encoder: Encoder) -> Supplied:
+    """The artefact that `asked` names: a file, or the shipped one of this encoder."""
+    if asked != SHIPPED:
+        return Supplied(read_artifact(Path(asked).expanduser()), f"artefact {asked}")
+    known = []
+    for path in sorted(spec.shipped.glob("*.safetensors")) if spec.shipped else []:
+        artifact = read_artifact(path)
+        made = artifact.provenance
+        if (made.plugin, made.encoder_sha256) == (spec.name, encoder.sha256):
+            return Supplied(artifact, f"shipped artefact {path.name}")
+        known.append(f"{made.encoder} (sha256 {made.encoder_sha256})")
+    raise SourceError(
+        f"{spec.name} ships no artefact for {encoder.source} (sha256 {encoder.sha256}); it ships some for "
+        f"{', '.join(known) or 'no encoder'}; leave artifact empty to fit one"
+    )

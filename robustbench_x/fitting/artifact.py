@@ -1,0 +1,125 @@
+"""What a training leaves behind: a `.safetensors` file that knows what it was trained on, and proves it is whole."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pydantic
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from robustbench_x.encoders.encoder import state_sha256
+from robustbench_x.errors import SourceError
+from robustbench_x.result import FitInfo, Provenance
+
+__all__ = ["Artifact", "check_artifact", "read_artifact", "write_artifact", "write_tensors"]
+
+_FORMAT = "robustbench_x.artifact.1"
+
+
+class Artifact(NamedTuple):
+    """Tensors with their provenance; `sha256` identifies the tensors: equal trainings make equal ones."""
+
+    tensors: dict[str, Tensor]
+    provenance: Provenance
+
+    @property
+    def sha256(self) -> str:
+        """Digest of names, shapes and bytes of the tensors."""
+        return state_sha256(self.tensors)
+
+    def seal(self) -> str:
+        """Digest of tensors and provenance, which the file carries."""
+        text = json.dumps(self.provenance.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256((text + self.sha256).encode()).hexdigest()
+
+    def info(self, origin: str) -> FitInfo:
+        """How a report stores it; `origin` says where it came from."""
+        return FitInfo(**self.provenance.model_dump(), sha256=self.sha256, origin=origin)
+
+
+def write_artifact(path: Path, artifact: Artifact) -> None:
+    """Writes `artifact`, atomically: a reader sees the old file, the new one or none.
+
+    Raises:
+        SourceError: The name does not end in `.safetensors`.
+    """
+    if path.suffix != ".safetensors":
+        raise SourceError(f"an artefact is saved as .safetensors, not as {path.name}")
+    metadata = {"provenance": artifact.provenance.model_dump_json(), "seal": artifact.seal()}
+    write_tensors(path, artifact.tensors, {"format": _FORMAT, **metadata})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a `.safetensors` file atomically; the folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save(plain, dict(metadata)))
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """The artefact in `path`, proven whole.
+
+    Raises:
+        SourceError: The file is missing, no artefact, of another version, or damaged; a damaged one is named with
+            the digest it carries and the one its content has.
+    """
+    if not path.is_file():
+        raise SourceError(f"artefact {path}: there is no such file; rbx fit writes one")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no Mapping
+    except safetensors.SafetensorError as error:
+        raise SourceError(f"artefact {path} is damaged or no safetensors file ({error})") from error
+    if metadata.get("format") != _FORMAT:
+        raise SourceError(f"artefact {path} was not written by this version of rbx fit (format {_FORMAT})")
+    try:
+        provenance = Provenance.model_validate_json(metadata.get("provenance", ""))
+    except pydantic.ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"])) or "provenance"
+        raise SourceError(f"artefact {path} is damaged: its provenance has no readable {field}") from error
+    artifact = Artifact(tensors, provenance)
+    if metadata.get("seal") != artifact.seal():
+        raise SourceError(
+            f"artefact {path} is damaged: it carries the digest {metadata.get('seal')}, its content has {artifact.seal()}"
+        )
+    return artifact
+
+
+def check_artifact(artifact: Artifact, *, where: str, plugin: str, source: str, sha256: str, norm: str) -> None:
+    """Refuses an artefact of another attack, encoder or norm.
+
+    Args:
+        artifact: What was read.
+        where: What the user asked for; opens every error message.
+        plugin: The attack it is for.
+        source: The encoder it must have been fitted on, by source.
+        sha256: That encoder's digest.
+        norm: The audit's norm.
+
+    Raises:
+        SourceError: It does not belong; for another encoder, both digests are named.
+    """
+    made = artifact.provenance
+    if made.plugin != plugin:
+        raise SourceError(f"{where} was fitted by {made.plugin}, not by {plugin}")
+    if made.encoder_sha256 != sha256:
+        raise SourceError(
+            f"{where} was fitted on {made.encoder} with sha256 {made.encoder_sha256}, but {source} has {sha256}; "
+            f"to judge it on another encoder on purpose, name the one it was fitted on: {plugin}.fit_encoder="
+            f"{made.encoder}"
+        )
+    if made.threat.norm != norm:
+        raise SourceError(f"{where} was fitted for norm {made.threat.norm}, but the budget here is {norm}")

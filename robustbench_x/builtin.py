@@ -11,14 +11,14 @@ __all__ = ["register_builtins"]
 def register_builtins(registry: "Registry") -> None:
     """Registers everything this distribution ships outside its attack and defence plugins."""
     # Here, not at module level: importing this module must stay free of torch and timm.
-    from robustbench_x.data import folder, fractal, wds
+    from robustbench_x.data import folder, fractal, images, wds
     from robustbench_x.data import packaged as packaged_data
     from robustbench_x.encoders import packaged, python_source, timm_source
     from robustbench_x.heads.catalogue import HEADS
 
     for encoder in (packaged.SOURCE, timm_source.SOURCE, python_source.SOURCE):
         registry.add_encoder(encoder)
-    for data in (packaged_data.SOURCE, folder.SOURCE, fractal.SOURCE, wds.SOURCE):
+    for data in (packaged_data.SOURCE, folder.SOURCE, fractal.SOURCE, images.SOURCE, wds.SOURCE):
         registry.add_data(data)
     for head in HEADS:
         registry.add_head(head)

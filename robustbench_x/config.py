@@ -23,6 +23,7 @@ __all__ = [
     "load_config",
     "override",
     "parse_params",
+    "plugin_params",
 ]
 
 
@@ -218,6 +219,16 @@ def parse_params(assignments: Sequence[str], names: Sequence[str]) -> dict[str, 
         owner = max(owners, key=len)
         found.setdefault(owner, {})[left[len(owner) + 1 :]] = _value(value)
     return found
+
+
+def plugin_params(assignments: Sequence[str], name: str) -> dict[str, Any]:
+    """`param=value` assignments of the one plugin `name`; `name.param=value` is understood too.
+
+    Raises:
+        ConfigError: An assignment is malformed.
+    """
+    full = [text if text.startswith(f"{name}.") else f"{name}.{text}" for text in assignments]
+    return parse_params(full, [name]).get(name, {})
 
 
 def _with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig:

@@ -148,7 +148,8 @@ class Outcome:
 def compute(outcome: Outcome) -> dict[str, Interval]:
     """The metrics of one cell, in the order of `METRICS`.
 
-    `targeted_success` is absent when no sample has a target, and the retrieval metrics where nothing was ranked. Without a single judged row every value is None.
+    `targeted_success` is absent when no sample has a target, and the retrieval metrics where nothing was ranked.
+    Without a single judged row every value is None.
     """
     judged, correct = outcome.judged, outcome.clean_correct
     attempted = judged & (outcome.target >= 0)

@@ -57,9 +57,9 @@ ROWS = pa.schema(
     ]
 )
 """One row per sample and cell. Predictions are logit indices, -1 where there is none; measures are null in error
-rows. `clean_ap`, `adv_ap` (average precision of the first 10) and `clean_rank`, `adv_rank` (place of the first relevant
-item) are null where the head ranks nothing. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
-candidate lay outside its budget before projection."""
+rows. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
+candidate lay outside its budget before projection. `clean_ap`, `adv_ap` (average precision of the first 10) and
+`clean_rank`, `adv_rank` (place of the first relevant item) are null where the head ranks nothing."""
 
 RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
 """The columns of a head that ranks a gallery."""

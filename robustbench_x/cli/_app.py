@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from robustbench_x._version import __version__
-from robustbench_x.cli import _audit, _catalogue, _compare, _doctor, _gate, _init, _merge, _report
+from robustbench_x.cli import _audit, _catalogue, _compare, _craft, _doctor, _fit, _gate, _init, _merge, _report
 from robustbench_x.errors import RobustbenchError
 from robustbench_x.report.inert import plain
 
@@ -30,6 +30,8 @@ app.command(name="gate")(_gate.gate)
 app.command(name="compare")(_compare.compare)
 app.command(name="report")(_report.report)
 app.command(name="merge")(_merge.merge)
+app.command(name="fit")(_fit.fit)
+app.command(name="craft")(_craft.craft)
 app.command(name="list")(_catalogue.list_)
 app.command(name="describe")(_catalogue.describe)
 app.command(name="init")(_init.init)

@@ -46,6 +46,9 @@ class Lines:
     def task(self, text: str) -> None:
         """See `Progress`."""
         self._task = text
+        if time.monotonic() - self._last > _EVERY_SECONDS:  # a training, or another long wait without samples
+            self._shown, self._last = text, time.monotonic()
+            self.say(text)
 
     def advance(self, units: int) -> None:
         """See `Progress`."""

@@ -64,7 +64,9 @@ def _files(source: str, module: str, package: str, folder: str, names: tuple[str
     paths = [Path(spec.submodule_search_locations[0]) / folder / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"{source}: the installed {package} has no {missing[0]}; run: pip install --force-reinstall {package}")
+        raise DataError(
+            f"{source}: the installed {package} has no {missing[0]}; run: pip install --force-reinstall {package}"
+        )
     return paths
 
 

@@ -10,7 +10,7 @@ import PIL.Image
 from robustbench_x.data.dataset import Dataset, DataSource, Item, read_image, stratified_split
 from robustbench_x.errors import DataError, near_matches
 
-__all__ = ["SOURCE"]
+__all__ = ["SOURCE", "existing_folder", "image_files", "read_file"]
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
@@ -19,7 +19,7 @@ _TEST_SHARE = 0.2
 
 
 def _open(source: str, rest: str, seed: int) -> Dataset:
-    root = _existing(source, rest)
+    root = existing_folder(source, rest)
     folders = {entry.name for entry in _entries(root) if entry.is_dir()}
     evaluation = next((name for name in ("test", "val") if name in folders), None)
     notes: tuple[str, ...] = ()
@@ -52,7 +52,12 @@ SOURCE = DataSource(
 )
 
 
-def _existing(source: str, rest: str) -> Path:
+def existing_folder(source: str, rest: str) -> Path:
+    """The folder that a source names.
+
+    Raises:
+        DataError: It names none, or there is no such folder; lists near matches.
+    """
     if not rest:
         raise DataError(f"data '{source}' names no folder; write folder:DIR")
     root = Path(rest).expanduser().absolute()  # workers may run in another folder
@@ -64,6 +69,23 @@ def _existing(source: str, rest: str) -> Path:
     near = near_matches(root.name, siblings)
     hint = f"did you mean {' or '.join(str(root.parent / name) for name in near)}?" if near else "check the path"
     raise DataError(f"there is no folder {root}; {hint}")
+
+
+def image_files(root: Path) -> list[tuple[str, ...]]:
+    """Every image below `root` by suffix, as path parts relative to it, in the same order on every machine.
+
+    Raises:
+        DataError: A file name is not valid UTF-8, or there is no image.
+    """
+    found = []
+    for entry in _entries(root):
+        if entry.is_dir():
+            found += [parts for parts in _files(entry, (entry.name,)) if _is_image(parts[-1])]
+        elif _is_image(entry.name):
+            found.append((entry.name,))
+    if not found:
+        raise DataError(f"{root} holds no image ({', '.join(sorted(_SUFFIXES))})")
+    return [tuple(_utf8(part) for part in parts) for parts in found]
 
 
 def _read(root: Path, split: Path, known: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], tuple[Item, ...]]:
@@ -95,7 +117,7 @@ def _read(root: Path, split: Path, known: tuple[str, ...] | None = None) -> tupl
                 strays.append(name)
                 continue
             path = root.joinpath(*parts)
-            items.append(Item(id=_utf8(name), label=labels[folder.name], load=functools.partial(_load, path)))
+            items.append(Item(id=_utf8(name), label=labels[folder.name], load=functools.partial(read_file, path)))
         if (len(items), len(strays)) == before:
             raise DataError(f"the class folder {split / folder.name} holds no image; add some or remove the folder")
     if strays:
@@ -143,7 +165,8 @@ def _utf8(name: str) -> str:
     return name
 
 
-def _load(path: Path) -> PIL.Image.Image:
+def read_file(path: Path) -> PIL.Image.Image:
+    """The picture at `path`; DataError names it when it cannot be read."""
     return read_image(path, name=str(path))
 
 

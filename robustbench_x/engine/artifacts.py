@@ -58,7 +58,9 @@ class Artifacts:
         self.folder.note(note, info.model_dump(mode="json"))
         return found.artifact
 
-    def check(self, stage: StageAtWork, craft: Craft, spec: AttackSpec, attack: FittedAttack[Any], used: FitInfo) -> None:
+    def check(
+        self, stage: StageAtWork, craft: Craft, spec: AttackSpec, attack: FittedAttack[Any], used: FitInfo
+    ) -> None:
         """Whether a finished run's rows were made with the artefact that is asked for today.
 
         Raises:

@@ -17,7 +17,17 @@ from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_re
 from robustbench_x.findings import finding
 from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
-from robustbench_x.result import DataInfo, EncoderInfo, Finding, FitInfo, HeadInfo, Report, RunInfo, StageProof, write_report
+from robustbench_x.result import (
+    DataInfo,
+    EncoderInfo,
+    Finding,
+    FitInfo,
+    HeadInfo,
+    Report,
+    RunInfo,
+    StageProof,
+    write_report,
+)
 from robustbench_x.store import RunFolder, write_atomically
 
 __all__ = ["Evidence", "finish", "make_report", "now", "write_results"]

@@ -1,7 +1,7 @@
 """How a fitted attack comes by its artefact: a file, a shipped one, the cache, or a training now."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -64,6 +64,8 @@ class Supply:
     bf16: bool = False
     allow_pickle: bool = False
     fresh: bool = False
+    _pools: dict[tuple[str, tuple[int, int]], Pool] = field(default_factory=dict, init=False, repr=False)
+    """Decoded surrogate images by encoder and size: every attack on an encoder trains on the same."""
 
     def artifact(
         self,
@@ -120,6 +122,12 @@ class Supply:
         return load_encoder(source, self.registry, allow_pickle=self.allow_pickle).encoder.to(self.device)
 
     def _pool(self, encoder: Encoder) -> Pool:
+        key = encoder.source, encoder.input_size
+        if key not in self._pools:
+            self._pools[key] = self._decoded(encoder)
+        return self._pools[key]
+
+    def _decoded(self, encoder: Encoder) -> Pool:
         source = self.surrogate or DEFAULT_SURROGATE
         dataset = self.open_dataset(source)
         items = draw_subset(dataset.train or dataset.test, self.samples, seed=self.seed)

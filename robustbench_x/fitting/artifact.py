@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -59,13 +58,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes a `.safetensors` file atomically; the folder is made when missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    # Not tempfile's: its files are for their owner alone, and artefacts are handed on.
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save(plain, dict(metadata)))
-        Path(temporary).replace(path)
+        temporary.write_bytes(safetensors.torch.save(plain, dict(metadata)))
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -93,7 +92,8 @@ def read_artifact(path: Path) -> Artifact:
     artifact = Artifact(tensors, provenance)
     if metadata.get("seal") != artifact.seal():
         raise SourceError(
-            f"artefact {path} is damaged: it carries the digest {metadata.get('seal')}, its content has {artifact.seal()}"
+            f"artefact {path} is damaged: it carries the digest {metadata.get('seal')}, "
+            f"its content has {artifact.seal()}"
         )
     return artifact
 

@@ -48,7 +48,7 @@ def batch_index(number: int, *, batch: int, pool: int, seed: int) -> Tensor:
     if not batch:
         return torch.empty(0, dtype=torch.long)
     start = number * batch
-    wanted = []
+    wanted: list[int] = []
     while len(wanted) < batch:
         epoch, offset = divmod(start + len(wanted), pool)
         order = torch.randperm(pool, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))

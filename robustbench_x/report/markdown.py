@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from robustbench_x.findings import FINDINGS
 from robustbench_x.report.inert import html_text, markdown_text
+from robustbench_x.report.transfer import transfer_matrices
 from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text, victim
 from robustbench_x.result import CellResult, Decision, Finding, Measure, Report
 
@@ -24,7 +25,10 @@ def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -
         _gates(report),
         _worst(report),
         _findings(report.findings),
+        _retrieval(report),
+        *_transfer(report),
         *_victims(report),
+        _fits(report),
         _provenance(report),
     ]
     text, left = "", 0
@@ -93,6 +97,8 @@ def _victim(key: _Key, cells: Sequence[CellResult]) -> str:
             figure(cell.metrics.get("asr", _UNMEASURED)),
             percent(_value(cell, "asr_8bit")),
             f"{percent(_value(cell, 'flip_rate'))} / {percent(_value(cell, 'collapse_ceiling'))}",
+            _absorbed(cell),
+            _number(cell, "feature_cosine", digits=2),
             _number(cell, "backwards_per_sample"),
             " ".join(dict.fromkeys(f.id for f in cell.flags if f.level != "note")),
         )
@@ -100,7 +106,7 @@ def _victim(key: _Key, cells: Sequence[CellResult]) -> str:
     ]
     header = (
         "defence (knowledge)", "attack", "budget", "clean", "robust accuracy", "ASR", "8-bit", "flips / ceiling",
-        "backward", "flags",
+        "absorbed by", "cosine", "backward", "flags",
     )  # fmt: skip
     encoder, head, data = key
     title = html_text(f"{encoder} + {head} head on {data}: {count(cells[0].n, 'image')}")
@@ -120,6 +126,67 @@ def _findings(findings: Sequence[Finding]) -> str:
     tail = f"\n{count(notes, 'note')} in report.json.\n" if notes else ""
     body = table(("level", "finding", "where", "what", "advice"), rows) if rows else "No error, no warning.\n"
     return f"### Findings\n\n{body}{tail}"
+
+
+def _absorbed(cell: CellResult) -> str:
+    """The class that takes most adversarial images, with its share."""
+    return "-" if cell.collapse is None else f"{cell.collapse.name} ({percent(cell.collapse.share.value)})"
+
+
+def _retrieval(report: Report) -> str:
+    """Ranking before and after, for every cell of a head that ranks a gallery."""
+    rows = [
+        (
+            f"{cell.encoder} on {cell.data}",
+            shield(cell),
+            cell.attack,
+            threat_text(cell.threat),
+            *(_pair(cell, metric) for metric in ("map@10", "recall@1", "recall@10")),
+        )
+        for cell in report.cells
+        if cell.task == "retrieval"
+    ]
+    header = ("encoder and data", "defence (knowledge)", "attack", "budget", "map@10", "recall@1", "recall@10")
+    return f"### Retrieval, clean to attacked\n\n{table(header, rows)}" if rows else ""
+
+
+def _pair(cell: CellResult, metric: str) -> str:
+    attacked = cell.metrics.get(metric, _UNMEASURED)
+    return f"{percent(_value(cell, f'clean_{metric}'))} to {figure(attacked)}"
+
+
+def _transfer(report: Report) -> list[str]:
+    """Surrogate x victim of every attack that met an encoder it was not fitted on."""
+    sections = []
+    for matrix in transfer_matrices(report):
+        rows = [
+            (surrogate, *(percent(matrix.flip_rate.get((surrogate, victim))) for victim in matrix.victims))
+            for surrogate in matrix.fitted_on
+        ]
+        header = ("fitted on, against", *map(markdown_text, matrix.victims))
+        note = "Mean flip rate over heads and data sets, undefended."
+        title = f"### Transfer: {markdown_text(matrix.title)}"
+        sections.append(f"{title}\n\n{note}\n\n{table(header, rows)}")
+    return sections
+
+
+def _fits(report: Report) -> str:
+    """What each fitted attack was trained on, once per artefact."""
+    fits = {cell.fit.sha256: (cell.attack, cell.fit) for cell in report.cells if cell.fit is not None}
+    rows = [
+        (
+            attack,
+            fit.encoder,
+            f"{count(fit.surrogate_samples, 'image')} of {fit.surrogate}",
+            threat_text(fit.threat) if fit.defense == "none" else f"{threat_text(fit.threat)} through {fit.defense}",
+            f"{count(fit.steps, 'step')}, {fit.seconds:.0f} s, {fit.forwards} forward, {fit.backwards} backward",
+            fit.origin,
+            fit.sha256,
+        )
+        for attack, fit in fits.values()
+    ]
+    header = ("attack", "fitted on", "surrogate", "budget", "cost", "origin", "sha256")
+    return f"<details><summary>What was fitted</summary>\n\n{table(header, rows)}\n</details>\n" if rows else ""
 
 
 def _provenance(report: Report) -> str:
@@ -147,6 +214,6 @@ def _value(cell: CellResult, metric: str) -> float | None:
     return cell.metrics.get(metric, _UNMEASURED).value
 
 
-def _number(cell: CellResult, metric: str) -> str:
+def _number(cell: CellResult, metric: str, *, digits: int = 1) -> str:
     value = _value(cell, metric)
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.{digits}f}"

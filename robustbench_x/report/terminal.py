@@ -13,6 +13,7 @@ from rich.text import Text
 
 from robustbench_x.findings import FINDINGS
 from robustbench_x.report.inert import plain
+from robustbench_x.report.transfer import transfer_matrices
 from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text
 from robustbench_x.result import CellResult, Decision, Finding, GateVerdict, Report, WorstCase
 
@@ -38,6 +39,7 @@ def print_report(report: Report, decision: Decision, console: Console) -> None:
         worst = [w for w in report.worst_case if (w.encoder, w.head, w.data) == (encoder, head, data)]
         console.print(_title(encoder, head, data, cells))
         console.print(_victim_table(cells, worst))
+    _print_transfer(report, console)
     _print_findings(report, console)
 
 
@@ -69,21 +71,29 @@ def _title(encoder: str, head: str, data: str, cells: Sequence[CellResult]) -> T
     return title.append(f"\n{count(cells[0].n, 'image')}{known}; [95 % interval]", style="not bold dim")
 
 
+_COLUMNS = {
+    "classification": ("attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"),
+    "retrieval": ("attack", "defence", "clean", "map@10", "recall@1", "clean@1", "s/img"),
+}
+"""`clean` is the clean accuracy, or the clean map@10; `clean@1` the clean recall@1."""
+
+
 def _victim_table(cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     several = len({threat_text(cell.threat) for cell in cells}) > 1
-    for name in ("attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"):
+    for name in _COLUMNS[cells[0].task]:
         left = name in ("attack", "defence")
         least = {"attack": 10, "defence": 11}.get(name)
         table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold", min_width=least)
     for cell in cells:
         table.add_row(*_row(cell, several), style="dim" if cell.control else "")
-    table.add_section()
-    for w in worst:
-        name = f"worst case {threat_text(w.threat)}" if several else "worst case"
-        table.add_row(
-            Text(plain(name)), Text(plain(w.defense)), "", figure(w.robust_accuracy), figure(w.asr), style="bold"
-        )
+    if cells[0].task == "classification":
+        table.add_section()
+        for w in worst:
+            name = f"worst case {threat_text(w.threat)}" if several else "worst case"
+            table.add_row(
+                Text(plain(name)), Text(plain(w.defense)), "", figure(w.robust_accuracy), figure(w.asr), style="bold"
+            )
     return table
 
 
@@ -93,14 +103,34 @@ def _row(cell: CellResult, several: bool) -> tuple[Text | str, ...]:
     if any(f.level != "note" for f in cell.flags):
         label.append(" !", style="yellow")
     seconds = _value(cell, "seconds")
+    ranked = cell.task == "retrieval"
+    clean, figures, last = (
+        ("clean_map@10", ("map@10", "recall@1"), "clean_recall@1")
+        if ranked
+        else ("clean_accuracy", ("robust_accuracy", "asr"), "asr_8bit")
+    )
     return (
         label,
         Text(plain(shield(cell), 80)),
-        percent(_value(cell, "clean_accuracy")),
-        *(figure(m) if (m := cell.metrics.get(name)) else "-" for name in ("robust_accuracy", "asr")),
-        percent(_value(cell, "asr_8bit")),
+        percent(_value(cell, clean)),
+        *(figure(m) if (m := cell.metrics.get(name)) else "-" for name in figures),
+        percent(_value(cell, last)),
         "-" if seconds is None else f"{seconds:.2f}",
     )
+
+
+def _print_transfer(report: Report, console: Console) -> None:
+    for matrix in transfer_matrices(report):
+        console.print(Text(plain(f"Transfer: {matrix.title}"), style="bold"))
+        console.print(Text("mean flip rate over heads and data sets, undefended", style="dim"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("fitted on, against", overflow="fold")
+        for victim in matrix.victims:
+            table.add_column(Text(plain(victim)), justify="right", overflow="fold")
+        for surrogate in matrix.fitted_on:
+            rates = (percent(matrix.flip_rate.get((surrogate, victim))) for victim in matrix.victims)
+            table.add_row(Text(plain(surrogate)), *rates)
+        console.print(table)
 
 
 def _value(cell: CellResult, metric: str) -> float | None:

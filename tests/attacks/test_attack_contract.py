@@ -27,7 +27,7 @@ QUICK: dict[str, dict[str, object]] = {
     "torchattacks:CW": {"steps": 20},
     "torchattacks:Pixle": {"restarts": 5},
     "advencoder": {"steps": 30},
-    **dict.fromkeys(("uap", "ssp", "dr", "fff", "pap"), {"steps": 30}),
+    **{name: {"steps": 30} for name in ("uap", "ssp", "dr", "fff", "pap")},
     "xtransfer": {"steps": 30, "partners": ["toy"]},
 }
 """Parameters that make the slow ones quick; their strength is not what this test is about."""

@@ -21,7 +21,9 @@ from robustbench_x_attacks.universal.pattern import (
     SignTrainer,
     apply_artifact,
     clean_features,
+    clean_tokens,
     gradient_of,
+    tokens_of,
 )
 
 __all__ = ["SPEC", "AdvEncoder", "Recipe"]
@@ -51,7 +53,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "paper": Recipe("paper", "norm", 1.0, 5.0, 1.0, True, 256, 2e-4, None, 20),
     "code": Recipe("code", "mse", 5.0, 1.0, 1.0, True, 256, 2e-4, None, 20),
-    "best": Recipe("tokens", "norm", 1.0, 0.0, 0.0, False, 32, 0.2, 300, 0),
+    "best": Recipe("tokens", "norm", 1.0, 0.0, 0.0, False, 16, 0.2, 200, 0),
 }
 
 
@@ -147,8 +149,8 @@ def _objective(view: FitView, recipe: Recipe, *, temperature: float, layers: int
         if push is not None:
             found["adv"] = push(adversarial, clean, index)
         if recipe.beta:
-            passed = (terms.high_pass(image, radius) for image in (adversarial, clean))
-            found["hfc"] = -terms.distance(*passed, recipe.measure)
+            high = terms.high_pass(adversarial, radius), terms.high_pass(clean, radius)
+            found["hfc"] = -terms.distance(high[0], high[1], recipe.measure)
         if recipe.lam:
             found["quality"] = terms.distance(adversarial, clean, recipe.measure)
         weights = {"adv": recipe.alpha, "hfc": recipe.beta, "quality": recipe.lam}
@@ -162,13 +164,13 @@ def _push(view: FitView, contrast: Contrast, temperature: float, layers: int) ->
     """The adversarial term of adversarial and clean images with the clean ones' index."""
     if contrast == "tokens":
         names = _spread(view, layers)
+        stored = clean_tokens(view, names)
 
         def compare(adversarial: Tensor, clean: Tensor, index: Tensor) -> Tensor:
-            del index
-            with torch.no_grad():
-                kept = view.encoder.tokens(clean, names)
+            kept = tokens_of(view, clean, names) if stored is None else [layer[index] for layer in stored]
             pushed = view.encoder.tokens(adversarial, names)
-            return torch.stack([terms.cosine(pushed[name].spatial, kept[name].spatial) for name in names]).mean()
+            pairs = zip(names, kept, strict=True)
+            return torch.stack([terms.cosine(pushed[name].spatial, k.to(view.device)) for name, k in pairs]).mean()
 
         return compare
     features = clean_features(view)

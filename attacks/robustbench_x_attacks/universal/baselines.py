@@ -47,8 +47,8 @@ class UAP(Fitted):
     are ours and the same for every baseline here.
     """
 
-    steps: int = param(300, _STEPS_HELP)
-    batch: int = param(32, _BATCH_HELP)
+    steps: int = param(200, _STEPS_HELP)
+    batch: int = param(16, _BATCH_HELP)
     rate: float = param(0.2, _RATE_HELP)
 
     def __post_init__(self) -> None:
@@ -79,8 +79,8 @@ class SSP(Fitted):
     depth; the squared difference of the activations themselves, not of their squares.
     """
 
-    steps: int = param(300, _STEPS_HELP)
-    batch: int = param(32, _BATCH_HELP)
+    steps: int = param(200, _STEPS_HELP)
+    batch: int = param(16, _BATCH_HELP)
     rate: float = param(0.2, _RATE_HELP)
     layer: str = param("", _LAYER_HELP)
     depth: float = param(0.4, _DEPTH_HELP)
@@ -113,8 +113,8 @@ class DR(Fitted):
     There sample-wise; here universal, as L4A's comparison has it. Departure: the layer is chosen by depth.
     """
 
-    steps: int = param(300, _STEPS_HELP)
-    batch: int = param(32, _BATCH_HELP)
+    steps: int = param(200, _STEPS_HELP)
+    batch: int = param(16, _BATCH_HELP)
     rate: float = param(0.2, _RATE_HELP)
     layer: str = param("", _LAYER_HELP)
     depth: float = param(0.4, _DEPTH_HELP)
@@ -147,7 +147,7 @@ class FFF(Fitted):
     paper's mean-free input is zero.
     """
 
-    steps: int = param(300, _STEPS_HELP)
+    steps: int = param(200, _STEPS_HELP)
     rate: float = param(0.2, _RATE_HELP)
 
     def __post_init__(self) -> None:
@@ -183,8 +183,8 @@ class PAP(Fitted):
     """
 
     variant: Literal["base", "fuse", "ugs"] = param("base", "base, fuse or ugs")
-    steps: int = param(300, _STEPS_HELP)
-    batch: int = param(32, _BATCH_HELP)
+    steps: int = param(200, _STEPS_HELP)
+    batch: int = param(16, _BATCH_HELP)
     rate: float = param(0.2, _RATE_HELP)
 
     def __post_init__(self) -> None:
@@ -204,7 +204,9 @@ class PAP(Fitted):
 
         improve = gradient_of(view, objective)
         if self.variant == "ugs":
-            noise = _improve_on(view, lambda number: _gaussians(view, number), lambda images, number: _fall(-lift(images)))
+            noise = _improve_on(
+                view, lambda number: _gaussians(view, number), lambda images, number: _fall(-lift(images))
+            )
             improve = _sum(noise, improve, _UGS_REAL)
         return SignTrainer(view, improve, steps=self.steps, batch=min(self.batch, len(view.surrogate)), rate=self.rate)
 
@@ -290,5 +292,7 @@ SPECS = (
     _spec("ssp", "universal: a middle layer's features pushed away", SSP, "Naseer et al. 2020, arXiv 2006.04924"),
     _spec("dr", "universal: a middle layer's dispersion reduced", DR, "Lu et al. 2020, arXiv 1911.11616"),
     _spec("fff", "universal, data-free: every layer over-excited", FFF, "Mopuri et al. 2017, arXiv 1707.05572"),
-    _spec("pap", "universal: early activations lifted (L4A: base, fuse, ugs)", PAP, "Ban and Dong 2022, arXiv 2210.03372"),
+    _spec(
+        "pap", "universal: early activations lifted (L4A: base, fuse, ugs)", PAP, "Ban and Dong 2022, arXiv 2210.03372"
+    ),
 )

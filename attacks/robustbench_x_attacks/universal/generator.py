@@ -1,5 +1,6 @@
 """AdvEncoder's generator: one fixed noise, a DCGAN trunk, and a convolution that mixes its outputs into one pattern."""
 
+import itertools
 from collections.abc import Mapping
 from typing import final
 
@@ -7,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustbench_x.randomness import derive_seed
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import FitView
 from robustbench_x_attacks.universal.pattern import Objective, pattern_shape, put_on, step_places, stored
@@ -45,7 +45,7 @@ class Generator(nn.Module):
         self.register_buffer("noise", torch.randn(noises, _LATENT, 1, 1, generator=generator))
         widths = [_LATENT, width, width // 2, width // 4, width // 8]
         blocks: list[nn.Module] = []
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for number, (before, after) in enumerate(itertools.pairwise(widths)):
             stride, padding = (1, 0) if number == 0 else (2, 1)
             up = nn.ConvTranspose2d(before, after, 4, stride, padding, device="meta")
             blocks += [up, nn.BatchNorm2d(after), nn.ReLU()]

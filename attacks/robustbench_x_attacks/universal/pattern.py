@@ -1,7 +1,7 @@
 """One pattern for every image: how it is put on, how it is read from an artefact, how it is improved by sign steps."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, final
 
 import torch
@@ -21,14 +21,18 @@ __all__ = [
     "SignTrainer",
     "apply_artifact",
     "clean_features",
+    "clean_tokens",
     "gradient_of",
     "pattern_shape",
     "put_on",
+    "step_places",
     "stored",
+    "tokens_of",
 ]
 
 _DECAY = 0.9
 _CHUNK = 32
+_MOST_BYTES = 2**30
 
 
 class Loss(NamedTuple):
@@ -107,7 +111,9 @@ def apply_artifact(view: EncoderView) -> Tensor:
     kind = "patch" if view.threat.norm == "patch" else "delta"
     if view.artifact is None or kind not in view.artifact:
         held = "none" if view.artifact is None else ", ".join(view.artifact)
-        raise AttackError(f"a universal attack with norm {view.threat.norm} needs an artefact with a {kind}; got {held}")
+        raise AttackError(
+            f"a universal attack with norm {view.threat.norm} needs an artefact with a {kind}; got {held}"
+        )
     pattern = view.artifact[kind].float()
     shape = pattern_shape(view.threat, (view.inputs.shape[-2], view.inputs.shape[-1]))
     if pattern.shape != shape:
@@ -120,8 +126,29 @@ def apply_artifact(view: EncoderView) -> Tensor:
 @torch.no_grad()
 def clean_features(view: FitView) -> Tensor:
     """Features of every surrogate image, `(M, D)`: computed once, in an order that no resume changes."""
-    chunks = torch.arange(len(view.surrogate)).split(_CHUNK)
+    chunks = torch.split(torch.arange(len(view.surrogate)), _CHUNK)
     return torch.cat([view.encoder.features(view.surrogate.batch(chunk)) for chunk in chunks])
+
+
+@torch.no_grad()
+def tokens_of(view: FitView, images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+    """Spatial tokens of `images` at each layer, without gradient."""
+    tokens = view.encoder.tokens(images, layers)
+    return [tokens[name].spatial for name in layers]
+
+
+def clean_tokens(view: FitView, layers: Sequence[str]) -> list[Tensor] | None:
+    """Tokens of every surrogate image at each layer, `(M, T, D)` on the CPU; None where they exceed 1 GiB.
+
+    Computed once, in an order that no resume changes.
+    """
+    chunks = torch.split(torch.arange(len(view.surrogate)), _CHUNK)
+    first = [tokens.cpu() for tokens in tokens_of(view, view.surrogate.batch(chunks[0]), layers)]
+    size = sum(tokens[0].nbytes for tokens in first) * len(view.surrogate)
+    if size > _MOST_BYTES:
+        return None
+    rest = [[t.cpu() for t in tokens_of(view, view.surrogate.batch(chunk), layers)] for chunk in chunks[1:]]
+    return [torch.cat(parts) for parts in zip(first, *rest, strict=True)]
 
 
 def gradient_of(view: FitView, objective: Objective) -> Improve:

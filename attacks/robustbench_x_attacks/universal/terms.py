@@ -37,14 +37,16 @@ def contrast_code(adversarial: Tensor, clean: Tensor, temperature: float) -> Ten
 
 def cosine(adversarial: Tensor, clean: Tensor) -> Tensor:
     """Mean cosine similarity of the pairs, 0-d."""
-    return F.cosine_similarity(adversarial, clean, dim=-1).mean()
+    similarity: Tensor = F.cosine_similarity(adversarial, clean, dim=-1).mean()
+    return similarity
 
 
 def distance(images: Tensor, others: Tensor, measure: Measure) -> Tensor:
     """How far two batches lie apart, 0-d: mean Euclidean norm of the differences, or mean squared difference."""
     if measure == "mse":
         return F.mse_loss(images, others)
-    return torch.linalg.vector_norm((images - others).flatten(1), dim=1).mean()
+    norms: Tensor = torch.linalg.vector_norm((images - others).flatten(1), dim=1)
+    return norms.mean()
 
 
 def high_pass(images: Tensor, radius: float) -> Tensor:
@@ -59,4 +61,5 @@ def high_pass(images: Tensor, radius: float) -> Tensor:
     disc = rows[:, None].square() + columns[None, :].square() < radius**2
     keep = torch.fft.ifftshift(~disc)
     spectrum: Tensor = torch.fft.fft2(images) * keep
-    return torch.fft.ifft2(spectrum).real
+    passed: Tensor = torch.fft.ifft2(spectrum).real
+    return passed

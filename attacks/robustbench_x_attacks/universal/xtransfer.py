@@ -36,8 +36,8 @@ class XTransfer(Fitted):
     partners: tuple[str, ...] = param((), "sources of further public encoders it is fitted on together")
     chosen: int = param(1, "encoders per step (k)")
     rho: float = param(2.0, "weight of the exploration term")
-    steps: int = param(300, "sign steps")
-    batch: int = param(32, "surrogate images per step")
+    steps: int = param(200, "sign steps")
+    batch: int = param(16, "surrogate images per step")
     rate: float = param(0.2, "first step size, as a share of the budget")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,155 @@
+"""AdvEncoder beside the universal baselines: docs/results/advencoder.md.
+
+    python benchmarks/advencoder.py --work DIR [--part grid|patch|transfer|ablation|throughput] [--write]
+
+Every part is an audit into a folder under DIR, so a killed run goes on where it stopped; `--write` makes the page from
+what is there. Fashion-MNIST comes from Debian's package dataset-fashion-mnist, everything else from Python packages.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import advencoder_page
+import advencoder_throughput
+import fashion
+
+from robustbench_x.config import AuditConfig
+from robustbench_x.engine import run_audit
+
+ENCODERS = ("packaged:efficientnet_lite0?size=96", "packaged:dinov2_vits14?size=98")
+FRACTAL = "fractal:classes=50,train=20,test=4,size=96"
+CROPS = "packaged:crops"
+SURROGATE_FRACTAL = "fractal:classes=200,train=5,test=1,size=96,seed=7"
+HEADS = ("linear", "mlp", "knn", "retrieval")
+GENERATOR = {"noises": 16, "batch": 16, "steps": 200}
+"""A reduced schedule of `paper` and `code`, which have 256 noises and 20 epochs of batches of 256."""
+SMALL = {"noises": 16, "width": 256, "batch": 16, "steps": 200}
+"""The same with a generator a quarter as wide, for the ablation and the patches."""
+PARTS = ("grid", "patch", "transfer", "ablation", "throughput")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--write", action="store_true", help="write the page from what is there")
+    parser.add_argument("--page", type=Path, default=Path("docs/results/advencoder.md"))
+    given = parser.parse_args()
+    parts = given.part or ([] if given.write else list(PARTS))
+    data = (f"folder:{fashion.write_folder(given.work / 'fashion')}", "packaged:digits", FRACTAL)
+    for part in parts:
+        if part == "throughput":
+            advencoder_throughput.measure(given.work / "throughput.json", device=given.device)
+            continue
+        for name, config in configs(part, data, given.samples, given.device).items():
+            print(f"{part}: {name}", flush=True)
+            run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
+    if given.write or not given.part:
+        advencoder_page.write(given.page, given.work)
+
+
+def configs(part: str, data: Sequence[str], samples: int, device: str) -> dict[str, AuditConfig]:
+    """The audits of one part, by name."""
+
+    def audit(encoder: str, attacks: list[dict[str, Any]], **settings: Any) -> AuditConfig:
+        target = {"encoder": encoder, "head": list(HEADS), "data": list(settings.pop("data", data))}
+        values = {"eps": "10/255", "surrogate": CROPS, "samples": samples, "device": device, "seed": 0, **settings}
+        return AuditConfig.model_validate({"target": [target], "attack": attacks, **values})
+
+    short = {encoder: encoder.partition(":")[2].partition("_")[0] for encoder in ENCODERS}
+    other = dict(zip(ENCODERS, reversed(ENCODERS), strict=True))
+    if part == "grid":
+        runs = {}
+        for encoder in ENCODERS:
+            runs[f"{short[encoder]}-crops"] = audit(encoder, universal(other[encoder]))
+            some = [{"name": "advencoder"}, {"name": "uap"}]
+            runs[f"{short[encoder]}-fractal"] = audit(encoder, some, surrogate=SURROGATE_FRACTAL)
+        return runs
+    if part == "patch":
+        attacks: list[dict[str, Any]] = [
+            {"name": "advencoder"},
+            {"name": "advencoder", "label": "advencoder code", "setting": "code", **SMALL},
+        ]
+        fixed = {short[e]: audit(e, attacks, norm="patch", eps=0.03) for e in ENCODERS}
+        anywhere = {
+            f"{short[e]}-random": audit(e, [{"name": "advencoder"}], norm="patch", eps=0.03, placement="random")
+            for e in ENCODERS
+        }
+        return fixed | anywhere
+    if part == "transfer":
+        return {short[e]: audit(e, [{"name": "advencoder", "fit_encoder": other[e]}]) for e in ENCODERS}
+    sizes = {
+        f"size-{count}": audit(ENCODERS[0], [{"name": "advencoder"}], surrogate_samples=count, data=data[1:])
+        for count in (100, 1000, 10_000)
+    }
+    return {"terms": audit(ENCODERS[0], ablation(), data=data[1:]), **sizes}
+
+
+def universal(partner: str) -> list[dict[str, Any]]:
+    """Every universal attack on one grid."""
+    settings = [
+        {"name": "advencoder", "label": f"advencoder {setting}", "setting": setting, **GENERATOR}
+        for setting in ("paper", "code")
+    ]
+    pap = [{"name": "pap", "label": f"pap {variant}", "variant": variant} for variant in ("base", "fuse", "ugs")]
+    plain = [{"name": name} for name in ("uap", "ssp", "dr", "fff")]
+    return [{"name": "advencoder"}, *settings, *plain, *pap, {"name": "xtransfer", "partners": [partner]}]
+
+
+def ablation() -> list[dict[str, Any]]:
+    """Each term off, each form of the adversarial term, generator or not."""
+    direct = {"generator": False, "batch": 16, "steps": 200}
+    rows: dict[str, dict[str, Any]] = {
+        "best": {},
+        "best + hfc": {"beta": 0.05},
+        "direct, cosine": {"contrast": "cosine"},
+        "direct, paper's contrast": {"contrast": "paper"},
+        "direct, code's contrast": {"contrast": "code"},
+        "generator, tokens": {"generator": True, **SMALL},
+        "code": {"setting": "code", **SMALL},
+        "code, no adv": {"setting": "code", "alpha": 0.0, **SMALL},
+        "code, no hfc": {"setting": "code", "beta": 0.0, **SMALL},
+        "code, no quality": {"setting": "code", "lam": 0.0, **SMALL},
+        "code, direct": {"setting": "code", **direct},
+        "paper": {"setting": "paper", **SMALL},
+        "paper, no adv": {"setting": "paper", "alpha": 0.0, **SMALL},
+        "paper, no hfc": {"setting": "paper", "beta": 0.0, **SMALL},
+        "paper, no quality": {"setting": "paper", "lam": 0.0, **SMALL},
+        "paper, direct": {"setting": "paper", **direct},
+    }
+    return [{"name": "advencoder", "label": label, **params} for label, params in rows.items()]
+
+
+class Says:
+    """Progress as lines: what is begun, and what is worth keeping."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def begin(self, total: int, done: int) -> None:
+        """See `Progress`."""
+
+    def task(self, text: str) -> None:
+        """See `Progress`."""
+        started = text.partition(": step")[0].partition(": ")[0]
+        if started != self._last:
+            self._last = started
+            print(f"  {started}", flush=True)
+
+    def advance(self, units: int) -> None:
+        """See `Progress`."""
+
+    def say(self, text: str) -> None:
+        """See `Progress`."""
+        print(f"  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""docs/results/advencoder.md."""
+
+from pathlib import Path
+
+
+def write(page: Path, work: Path) -> None:
+    """Later."""

@@ -1,0 +1,48 @@
+"""`rbx fit`: train what an attack learns, into an artefact with its provenance."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["fit"]
+
+
+def fit(
+    plugin: Annotated[str, typer.Argument(help="An attack that is trained first, such as advencoder.")],
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="Encoder source it is trained on.")],
+    out: Annotated[Path, typer.Option(help="The artefact to write, a .safetensors file.")],
+    surrogate: Annotated[str | None, typer.Option(help="Unlabelled images; default packaged:crops.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Surrogate images drawn by the seed.")] = 256,
+    norm: Annotated[str, typer.Option(help="linf or patch.")] = "linf",
+    eps: Annotated[str | None, typer.Option(help="Budget; default 10/255, or 0.03 of the area for a patch.")] = None,
+    placement: Annotated[str, typer.Option(help="Where a patch sits: a corner, center or random.")] = "bottom-right",
+    seed: Annotated[int, typer.Option(help="Decides images, start and batches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted training; reuse a finished one.")] = True,
+    param: Annotated[list[str] | None, typer.Option("--param", "-p", help="name=value, e.g. steps=500.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Let checkpoints run code while loading. Only files you trust.")
+    ] = False,
+) -> None:
+    """Train what an attack learns on one encoder: a universal perturbation or patch."""
+    from robustbench_x.cli._training import run_fit, threat_from
+    from robustbench_x.config import plugin_params
+    from robustbench_x.engine.fit import FitRequest
+
+    request = FitRequest(
+        plugin=plugin,
+        encoder=encoder,
+        threat=threat_from(norm, eps, placement),
+        out=out,
+        params=plugin_params(param or [], plugin),
+        surrogate=surrogate,
+        samples=samples,
+        seed=seed,
+        device=device,
+        precision=precision,
+        resume=resume,
+        allow_pickle=allow_pickle,
+    )
+    run_fit(request)

@@ -1,0 +1,188 @@
+"""`rbx craft` as a function: adversarial versions of a folder's images, with a manifest of what was done to each."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from robustbench_x import __version__
+from robustbench_x.data.dataset import Item, open_dataset
+from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine.isolation import isolated
+from robustbench_x.engine.progress import Progress, Silent
+from robustbench_x.engine.run import resolve_device
+from robustbench_x.engine.supply import Supplied, Supply
+from robustbench_x.errors import ConfigError, DataError, SampleError, UsageError
+from robustbench_x.judge import admit, feature_cosine, measure, read_features
+from robustbench_x.plugin import AttackSpec
+from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.registry import Registry
+from robustbench_x.store import write_atomically
+from robustbench_x.threat import ThreatModel
+from robustbench_x.victim import DefendedEncoder
+from robustbench_x.views import EncoderHandle, EncoderView, ImageView, Meter
+
+__all__ = ["CraftRequest", "craft_folder"]
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CraftRequest:
+    """Which attack, on which images, against which encoder."""
+
+    attack: str
+    images: Path
+    out: Path
+    encoder: str
+    threat: ThreatModel
+    params: dict[str, Any]
+    surrogate: str | None = None
+    samples: int = 256
+    seed: int = 0
+    device: str = "auto"
+    allow_pickle: bool = False
+
+
+def craft_folder(request: CraftRequest, registry: Registry, progress: Progress | None = None) -> dict[str, Any]:
+    """Writes a PNG per image, at the encoder's input size, and `manifest.json`; returns the manifest.
+
+    What is written is rounded to 8 bits inside the budget, and every figure is measured on the rounded image. An image
+    that cannot be read or attacked has an `error` and no file.
+
+    Raises:
+        UsageError: The attack needs a head or labels, the output folder holds something, or a name is wrong.
+        SampleError: A training failed.
+    """
+    spec = registry.attacks[request.attack]
+    if spec.access not in ("none", "encoder"):
+        raise UsageError(f"{spec.name} needs access {spec.access}: a folder of images has no head; use rbx audit")
+    if request.threat.norm not in spec.norms:
+        raise ConfigError(f"attack {spec.name} has no norm '{request.threat.norm}'; it has {', '.join(spec.norms)}")
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        raise UsageError(f"--out {request.out}: name an empty or a new folder")
+    attack, progress = spec.build(request.params), progress or Silent()
+    items = open_dataset(f"images:{request.images}", registry).test
+    device = resolve_device(request.device)
+    encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(device)
+    learned = _learned(request, spec, attack, encoder, registry, device, progress)
+    request.out.mkdir(parents=True, exist_ok=True)
+    progress.begin(len(items), 0)
+    entries = []
+    for start in range(0, len(items), _BATCH):
+        entries += _batch(request, spec, attack, encoder, learned, items[start : start + _BATCH], device)
+        progress.task(f"{spec.name} on {request.images}")
+        progress.advance(len(items[start : start + _BATCH]))
+    manifest = {
+        "robustbench_x": __version__,
+        "attack": spec.name,
+        "params": spec.effective(request.params),
+        "encoder": {"source": encoder.source, "sha256": encoder.sha256, "input_size": list(encoder.input_size)},
+        "threat": {"norm": request.threat.norm, "eps": request.threat.eps, "placement": request.threat.placement},
+        "seed": request.seed,
+        "artifact": None if learned is None else learned.artifact.info(learned.origin).model_dump(mode="json"),
+        "images": entries,
+    }
+    write_atomically(request.out / "manifest.json", json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+    return manifest
+
+
+def _learned(
+    request: CraftRequest,
+    spec: AttackSpec,
+    attack: Any,
+    encoder: Encoder,
+    registry: Registry,
+    device: torch.device,
+    progress: Progress,
+) -> Supplied | None:
+    if not spec.fits or request.threat.radius == 0:
+        return None
+    supply = Supply(
+        registry=registry,
+        open_dataset=lambda source: open_dataset(source, registry, seed=request.seed),
+        surrogate=request.surrogate,
+        samples=request.samples,
+        seed=request.seed,
+        device=device,
+        progress=progress,
+        allow_pickle=request.allow_pickle,
+    )
+    return supply.artifact(spec, attack, encoder, request.threat)
+
+
+def _batch(
+    request: CraftRequest,
+    spec: AttackSpec,
+    attack: Any,
+    encoder: Encoder,
+    learned: Supplied | None,
+    items: tuple[Item, ...],
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Manifest entries of a few images, whose files are written."""
+    entries: dict[str, dict[str, Any]] = {item.id: {"source": item.id} for item in items}
+    pixels = {}
+    for item in items:
+        try:
+            pixels[item.id] = encoder.preprocessing(item.load())
+        except DataError as error:
+            entries[item.id]["error"] = str(error)
+    if not pixels:
+        return list(entries.values())
+    inputs = torch.stack(list(pixels.values())).to(device)
+    try:
+        images, errors = _attack(request, spec, attack, encoder, learned, list(pixels), inputs)
+    except SampleError as error:
+        images, errors = inputs, [f"{type(error).__name__}: {error}"] * len(inputs)
+    measured = measure(images, inputs)
+    victim = DefendedEncoder(encoder=encoder)
+    cosine = feature_cosine(*(read_features(x, victim, draws=1, seed=0) for x in (images, inputs)))
+    for i, name in enumerate(pixels):
+        if errors[i] is not None:
+            entries[name]["error"] = errors[i]
+            continue
+        file = request.out / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        levels = images[i].mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        PIL.Image.fromarray(levels).save(file)
+        entries[name] |= {
+            "file": f"{name}.png",
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "linf": float(measured.linf[i]),
+            "l2": float(measured.l2[i]),
+            "ssim": float(measured.ssim[i]),
+            "feature_cosine": float(cosine[i]),
+        }
+    return list(entries.values())
+
+
+def _attack(
+    request: CraftRequest,
+    spec: AttackSpec,
+    attack: Any,
+    encoder: Encoder,
+    learned: Supplied | None,
+    names: list[str],
+    inputs: Tensor,
+) -> tuple[Tensor, list[str | None]]:
+    """The attack's images, judged admissible and rounded to 8 bits inside the budget."""
+    seeds = [derive_seed(request.seed, spec.name, name) for name in names]
+    random = SampleRandom(seeds, device=inputs.device)
+    shared: dict[str, Any] = {"inputs": inputs.clone(), "threat": request.threat, "random": random, "exhaustive": True}
+    if spec.access == "none":
+        view: ImageView | EncoderView = ImageView(**shared)
+    else:
+        tensors = None if learned is None else {k: t.to(inputs.device) for k, t in learned.artifact.tensors.items()}
+        handle = EncoderHandle(encoder, lambda images: images, Meter())
+        view = EncoderView(**shared, encoder=handle, artifact=tensors)
+    with isolated(random.seed, inputs.device):
+        candidates = attack.run(view)
+    admitted = admit(candidates, inputs, request.threat)
+    return request.threat.quantize(admitted.images, inputs), admitted.errors

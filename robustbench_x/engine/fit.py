@@ -1,0 +1,93 @@
+"""`rbx fit` as a function: one training, from names to an artefact on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustbench_x.data.dataset import open_dataset
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine.progress import Progress, Silent
+from robustbench_x.engine.run import resolve_device
+from robustbench_x.engine.supply import Supplied, Supply
+from robustbench_x.errors import ConfigError, UsageError
+from robustbench_x.fitting.artifact import write_artifact
+from robustbench_x.plugin import AttackSpec
+from robustbench_x.registry import Registry
+from robustbench_x.threat import ThreatModel
+
+__all__ = ["FitRequest", "fit_plugin", "fitted_spec", "make_supply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRequest:
+    """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped."""
+
+    plugin: str
+    encoder: str
+    threat: ThreatModel
+    out: Path
+    params: dict[str, Any]
+    surrogate: str | None = None
+    samples: int = 256
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    resume: bool = True
+    allow_pickle: bool = False
+
+
+def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | None = None) -> Supplied:
+    """Trains, and writes the artefact to `request.out`.
+
+    Raises:
+        UsageError: The plugin has nothing to train, or a source, parameter or budget is wrong.
+        SampleError: The training failed.
+    """
+    spec = fitted_spec(registry, request.plugin)
+    if request.threat.norm not in spec.norms:
+        raise ConfigError(f"attack {spec.name} has no norm '{request.threat.norm}'; it has {', '.join(spec.norms)}")
+    if request.threat.radius == 0:
+        raise ConfigError("eps is 0: there is nothing to train")
+    if request.out.suffix != ".safetensors":
+        raise UsageError(f"--out {request.out}: an artefact is a .safetensors file")
+    for name in ("artifact", "fit_encoder"):
+        if name in request.params:
+            raise ConfigError(f"{spec.name}.{name} is for an audit; rbx fit makes the artefact, on --encoder")
+    attack = spec.build(request.params)
+    supply = make_supply(request, registry, progress or Silent())
+    encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(supply.device)
+    found = supply.artifact(spec, attack, encoder, request.threat)
+    write_artifact(request.out, found.artifact)
+    return found
+
+
+def fitted_spec(registry: Registry, name: str) -> AttackSpec:
+    """The attack called `name`, which must have something to train.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UsageError: It has nothing to train.
+    """
+    spec = registry.attacks[name]
+    if not spec.fits:
+        known = ", ".join(other.name for other in registry.attacks.values() if other.fits)
+        raise UsageError(f"{name} has nothing to train; rbx fit takes {known}")
+    return spec
+
+
+def make_supply(request: FitRequest, registry: Registry, progress: Progress) -> Supply:
+    """Where its trainings come from."""
+    if request.precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision {request.precision}: choose fp32 or bf16")
+    return Supply(
+        registry=registry,
+        open_dataset=lambda source: open_dataset(source, registry, seed=request.seed),
+        surrogate=request.surrogate,
+        samples=request.samples,
+        seed=request.seed,
+        device=resolve_device(request.device),
+        progress=progress,
+        bf16=request.precision == "bf16",
+        allow_pickle=request.allow_pickle,
+        fresh=not request.resume,
+    )

@@ -71,7 +71,8 @@ class AdvEncoder(Fitted):
         paper: L_adv with adversarial queries among clean keys, Euclidean norms, weights 1, 5, 1.
         code: the released code: clean queries among adversarial keys, mean squared errors, weights 5, 1, 1.
         best: what our own ablation found strongest: the cosine of the tokens of four layers, alone, by sign steps on
-            the pattern itself, without a generator (docs/results/advencoder.md).
+            the pattern itself, without a generator (docs/results/advencoder.md). Pooled features take the place of
+            tokens where an encoder names no layers.
 
     In `paper` and `code` a generator (fixed noise, DCGAN trunk, mixing convolution) makes the pattern; Adam with
     rate 2e-4, 20 epochs of batches of 256.
@@ -124,6 +125,8 @@ class AdvEncoder(Fitted):
     def trainer(self, view: FitView) -> Trainer:
         """A training of the pattern; access `encoder`."""
         recipe = self.recipe
+        if self.contrast is None and recipe.contrast == "tokens" and not view.encoder.layers:
+            recipe = recipe._replace(contrast="cosine")
         batch = min(recipe.batch, len(view.surrogate))
         steps = recipe.steps or max(1, math.ceil(recipe.epochs * len(view.surrogate) / batch))
         objective = _objective(view, recipe, temperature=self.temperature, layers=self.layers)

@@ -47,8 +47,8 @@ def _head(runs: dict[str, Report]) -> str:
 - Command: `python benchmarks/advencoder.py --work DIR`, then `--write`; written {datetime.date.today().isoformat()}
 - Device: {devices}; {first.run.platform}. No GPU was at hand: every GPU figure is not measured.
 - Versions: {versions}, robustbench-x {first.run.robustbench_x}
-- Seed {first.run.seed}; {" or ".join(map(str, samples))} test images a cell, so a rate's 95 % interval is at most 7 points
-  either way; one training a cell, so the luck of a training is not in it
+- Seed {first.run.seed}; {" or ".join(map(str, samples))} test images a cell, so the 95 % interval of a rate is at most
+  7 points either way; one training a cell, so the luck of a training is not in it
 - Encoders: {encoders}
 - Data: digits (scikit-learn), the first 1,000 training and a subset of the first 1,000 test images of Fashion-MNIST,
   50 classes of fractals; heads fitted on their training splits
@@ -129,7 +129,8 @@ def _ahead(name: str, report: Report, work: Path) -> str:
         gain = _mean(_of(report, "advencoder")) - _mean(_of(report, other))
         lines.append((other, f"{100 * gain:+.0f} points", str(won), str(lost)))
     header = ("against", "mean flip rate", "cells significantly ahead", "cells significantly behind")
-    return f"`advencoder` against each, paired sample by sample (McNemar, exact, 5 %, uncorrected):\n\n{table(header, lines)}"
+    title = "`advencoder` against each, paired sample by sample (McNemar, exact, 5 %, uncorrected):"
+    return f"{title}\n\n{table(header, lines)}"
 
 
 def _retrieval(runs: dict[str, Report]) -> str:
@@ -152,8 +153,9 @@ def _patch(runs: dict[str, Report]) -> str:
         if name.startswith("patch")
     ]
     intro = (
-        "A square of 0.03 of the area, every pixel of it in [0, 1]; bottom right, or at a place of its own in every image. "
-        "`advencoder code` has the published losses and a generator of 256 channels and 16 noises, on the same steps."
+        "A square of 0.03 of the area, every pixel of it in [0, 1]; bottom right, or at a place of its own in every "
+        "image. `advencoder code` has the published losses and a generator of 256 channels and 16 noises, on the "
+        "same steps."
     )
     return "\n".join(["## Adv-PAT\n", intro + "\n", *parts]) if parts else ""
 
@@ -183,8 +185,8 @@ def _ablation(runs: dict[str, Report]) -> str:
     if report is None:
         return ""
     intro = (
-        "EfficientNet-Lite0, digits and fractals. `generator` rows have 256 channels and 16 noises. `no hfc` and so on set "
-        "that term's weight to zero; `direct` optimises the pattern itself by sign steps."
+        "EfficientNet-Lite0, digits and fractals, 100 steps. Generators have 256 channels and 16 noises. `no hfc` and "
+        "so on set that term's weight to zero; `direct` optimises the pattern itself by sign steps."
     )
     return f"## Ablation\n\n{intro}\n\n{_flips(report)}"
 
@@ -200,8 +202,8 @@ def _sizes(runs: dict[str, Report]) -> str:
     rows.sort(key=lambda row: int(row[0]))
     header = ("surrogate images", "mean flip rate", "fit")
     note = (
-        "The same 200 steps of 16 images; with 10,000 images most are seen once or never. The images are crops of eleven "
-        "photographs, so more of them is not much more variety."
+        "The same 200 steps of 16 images; with 10,000 images most are seen once or never. The images are crops of "
+        "eleven photographs, so more of them is not much more variety."
     )
     return f"## Size of the surrogate set\n\n{note}\n\n{table(header, rows)}" if rows else ""
 
@@ -218,9 +220,10 @@ def _throughput(path: Path) -> str:
     names = next(iter(found["rows"].values()))
     header = ("encoder", *(f"{name}, samples/s" for name in names), "code / published", "best / published")
     note = (
-        f"Best of three rounds in turn, batches of {found['batch']}, {found['noises']} noises, one process, {found['device']}. "
-        "`published step` is our plain re-statement of the released loop: the clean images pass the encoder anew every "
-        "step. `code` runs the same losses and generator with clean features computed once; `best` has no generator and "
+        f"Best of three rounds in turn, batches of {found['batch']}, {found['noises']} noises, one process, "
+        f"{found['device']}. `published step` is our plain re-statement of the released loop: the clean images pass "
+        "the encoder anew every step. `code` runs the same losses and generator with clean features computed once; "
+        "`best` has no generator and "
         "compares tokens of four layers. On a GPU: not measured."
     )
     return f"## Throughput of the fit loop\n\n{note}\n\n{table(header, rows)}"
@@ -229,8 +232,8 @@ def _throughput(path: Path) -> str:
 def _reading() -> str:
     return """## How to read it
 
-- The ceiling is what a constant prediction scores: where flip rate and ceiling agree the features have collapsed into one
-  class, and no universal attack can do more.
+- The ceiling is what a constant prediction scores: where flip rate and ceiling agree the features have collapsed into
+  one class, and no universal attack can do more.
 - Noise of the same size is the control. EfficientNet-Lite0 at 96 pixels loses a third of its predictions to it.
 - Timings are of one shared machine, with other work beside; ratios within a table are sounder than seconds.
 """

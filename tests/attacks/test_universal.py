@@ -5,9 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from robustbench_x_attacks.universal import terms
-from robustbench_x_attacks.universal.generator import Generator, bounded
-from robustbench_x_attacks.universal.pattern import put_on
 from torch import Tensor
 
 from robustbench_x.errors import AttackError
@@ -18,6 +15,9 @@ from robustbench_x.testing import ToyVictim, fit_toy, make_view, toy_victim
 from robustbench_x.testing.toys import toy_job
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderView, Meter
+from robustbench_x_attacks.universal import terms
+from robustbench_x_attacks.universal.generator import Generator, bounded
+from robustbench_x_attacks.universal.pattern import put_on
 
 REGISTRY = load_registry()
 ADVENCODER = REGISTRY.attacks["advencoder"]
@@ -59,9 +59,10 @@ def test_the_generator_makes_one_pattern_of_any_size_with_the_same_weights(size:
 def test_the_generator_mixes_its_images_as_a_written_out_network_does() -> None:
     made = Generator(size=(64, 64), noises=3, width=16, seed=1)
     x = made.noise
-    blocks = list(made.trunk)
     for number in range(4):
-        up, norm = blocks[3 * number], blocks[3 * number + 1]
+        up, norm = made.trunk[3 * number], made.trunk[3 * number + 1]
+        assert isinstance(up, torch.nn.ConvTranspose2d)
+        assert isinstance(norm, torch.nn.BatchNorm2d)
         stride, padding = (1, 0) if number == 0 else (2, 1)
         x = F.conv_transpose2d(x, up.weight, up.bias, stride=stride, padding=padding)
         mean, var = x.mean(dim=(0, 2, 3), keepdim=True), x.var(dim=(0, 2, 3), keepdim=True, correction=0)
@@ -258,7 +259,7 @@ def test_the_encoder_stays_in_eval_mode_throughout() -> None:
     victim = toy_victim()
     modes: list[bool] = []
     victim.encoder.backbone.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    for part in victim.encoder.backbone.modules():  # type: ignore[union-attr]
+    for part in victim.encoder.backbone.modules():
         part.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     fit_toy(ADVENCODER, {"setting": "code", **SMALL}, victim, LINF)
     assert modes

@@ -92,7 +92,7 @@ def test_craft_applies_an_artefact_to_a_folder(rbx: Command) -> None:
     assert ended.code == 0, ended.err
     assert "6 images in made, 0 failed" in ended.out
     manifest = json.loads(Path("made", "manifest.json").read_text())
-    assert [entry["file"] for entry in manifest["images"]][0] == "album0/0.png.png"
+    assert manifest["images"][0]["file"] == "album0/0.png.png"
     assert all(Path("made", entry["file"]).is_file() for entry in manifest["images"])
     Path("photos", "album0", "bad.png").write_bytes(b"")
     partly = rbx(*craft, "--out", "partly", "--artifact", "a.safetensors")
@@ -119,7 +119,7 @@ def test_craft_takes_attacks_that_learn_nothing_too(rbx: Command) -> None:
         ((*FIT, "--out", "a.safetensors", "--norm", "l2", "--eps", "1"), "advencoder has no norm 'l2'"),
         ((*FIT, "--out", "a.safetensors", "--eps", "0"), "eps is 0: there is nothing to train"),
         ((*FIT, "--out", "a.safetensors", "--eps", "8"), "eps=8 exceeds 1"),
-        ((*FIT, "--out", "a.safetensors", "-p", "stepps=3"), "advencoder has no parameter 'stepps'; did you mean steps?"),
+        ((*FIT, "--out", "a.safetensors", "-p", "stepps=3"), "no parameter 'stepps'; did you mean steps?"),
         ((*FIT, "--out", "a.safetensors", "-p", "artifact=b"), "advencoder.artifact is for an audit"),
         ((*FIT, "--out", "a.safetensors", "--placement", "middle"), "unknown patch placement 'middle'"),
         ((*FIT, "--out", "a.safetensors", "--precision", "fp8"), "--precision fp8: choose fp32 or bf16"),

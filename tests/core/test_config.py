@@ -36,7 +36,7 @@ def config(**changes: Any) -> AuditConfig:
 def test_the_embedded_default_loads_and_plans() -> None:
     default = default_config()
     cells = make_plan(default, load_registry()).cells
-    assert {cell.attack for cell in cells} == {"noise", "embed", "pgd", "apgd_ce"}
+    assert {cell.attack for cell in cells} == {"noise", "advencoder", "embed", "pgd", "apgd_ce"}
     assert all(t.encoder[0].startswith("packaged:") for t in default.target)
 
 
@@ -146,11 +146,19 @@ def test_on_the_default_naming_a_target_starts_a_new_audit_at_full_settings() ->
     ]
     assert made.defense == ()
     assert all(not attack.params for attack in made.attack)
-    assert [a.name for a in made.attack] == [a.name for a in base.attack]
+    assert [a.name for a in made.attack] == [a.name for a in base.attack if a.name != "advencoder"]
     assert override(base, from_file=False, head=["native"]).target[0].data == ("packaged:photos",)
     only_attack = override(base, from_file=False, attack=["pgd"])
     assert only_attack.target == base.target
     assert only_attack.attack[0].params == {}
+
+
+def test_what_ships_for_the_default_s_encoders_and_norm_stays_with_them() -> None:
+    assert [a.params for a in default_config().attack if a.name == "advencoder"] == [{"artifact": "shipped"}]
+    other_norm = override(default_config(), from_file=False, settings={"norm": "l2", "eps": ["1.0"]})
+    other_eps = override(default_config(), from_file=False, settings={"eps": ["8/255"]})
+    assert "advencoder" not in [a.name for a in other_norm.attack]
+    assert "advencoder" in [a.name for a in other_eps.attack]
 
 
 def test_the_defence_none_is_no_defence() -> None:

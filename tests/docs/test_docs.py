@@ -10,11 +10,14 @@ import torch
 import typer.main
 
 from robustbench_x.cli import app
+from robustbench_x.config import AuditConfig
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.findings import FINDINGS, render_page
 from robustbench_x.metrics import METRICS
+from robustbench_x.plan import make_plan
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.testing import ATTACK_CHECKS
+from robustbench_x.toml import parse_toml
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -76,6 +79,13 @@ def test_every_shown_command_has_those_options(page: str, command: str) -> None:
     found = group.get_command(context, name)  # type: ignore[attr-defined]
     assert found is not None, f"{page}: rbx {name}"
     found.make_context(name, arguments, resilient_parsing=False)
+
+
+def test_the_universal_page_s_transfer_audit_is_one() -> None:
+    config = parse_toml(_blocks("docs/universal.md", "toml")[0], AuditConfig, name="docs/universal.md")
+    plan = make_plan(config, load_registry())
+    fitted = {(c.encoder, c.attack) for c in plan.cells if c.attack != "noise"}
+    assert len(fitted) == 4
 
 
 def test_make_targets_exist() -> None:

@@ -227,7 +227,7 @@ def _interrupted(config: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *, aft
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "add_batch", dies)
-        with pytest.raises(_Stop, match="^$"):
+        with pytest.raises(_Stop, match=r"^$"):
             run_audit(config, out, registry=registry())
 
 

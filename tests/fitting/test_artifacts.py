@@ -33,7 +33,12 @@ def test_what_is_written_is_read(made: Artifact, tmp_path: Path) -> None:
 
 def test_it_says_what_it_was_trained_on(made: Artifact) -> None:
     said = made.provenance
-    assert (said.plugin, said.encoder, said.surrogate, said.surrogate_samples) == ("advencoder", "toy", "toy:surrogate", 24)
+    assert (said.plugin, said.encoder, said.surrogate, said.surrogate_samples) == (
+        "advencoder",
+        "toy",
+        "toy:surrogate",
+        24,
+    )
     assert said.encoder_sha256 == toy_victim().encoder.sha256
     assert (said.threat.norm, said.threat.eps, said.steps, said.seed) == ("linf", 16 / 255, 3, 0)
     assert said.params["setting"] == "best"
@@ -49,7 +54,9 @@ def test_a_flipped_bit_is_refused_with_both_digests(made: Artifact, tmp_path: Pa
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SourceError, match=rf"a.safetensors is damaged: it carries the digest {made.seal()}, its .* has \w+"):
+    with pytest.raises(
+        SourceError, match=rf"a.safetensors is damaged: it carries the digest {made.seal()}, its .* has \w+"
+    ):
         read_artifact(path)
 
 

@@ -26,7 +26,7 @@ CASES.append((ATTACKS["pap"], {"variant": "ugs"}))
 CASES.append((ATTACKS["xtransfer"], {"partners": ["toy", "toy"]}))
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -40,11 +40,13 @@ class _Dies:
 
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         if number == self._at:
-            raise _Killed("at a step")
+            raise _KilledError("at a step")
         return self._trainer.step(number, index)
 
 
-def _train(spec: AttackSpec, params: dict[str, Any], threat: ThreatModel, path: Path, die: int | None = None) -> Trained:
+def _train(
+    spec: AttackSpec, params: dict[str, Any], threat: ThreatModel, path: Path, die: int | None = None
+) -> Trained:
     job = toy_job(spec, {"steps": 7, **params}, toy_victim(), threat)
     meter = Meter()
     view = job.view(meter)
@@ -66,7 +68,7 @@ def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(
     whole = _train(spec, params, threat, tmp_path / "whole.safetensors")
     path = tmp_path / "part.safetensors"
     for at in (1, 6):
-        with pytest.raises(_Killed, match="at a step"):
+        with pytest.raises(_KilledError, match="at a step"):
             _train(spec, params, threat, path, die=at)
     resumed = _train(spec, params, threat, path)
     assert whole.tensors.keys() == resumed.tensors.keys()
@@ -86,10 +88,10 @@ def test_a_training_killed_after_its_last_step_only_has_to_be_read(tmp_path: Pat
 def test_a_damaged_checkpoint_or_one_of_another_training_is_not_resumed(tmp_path: Path) -> None:
     spec, path = ATTACKS["advencoder"], tmp_path / "a.safetensors"
     whole = _train(spec, {}, THREATS[0], path)
-    with pytest.raises(_Killed, match="at a step"):
+    with pytest.raises(_KilledError, match="at a step"):
         _train(spec, {"rate": 0.4}, THREATS[0], path, die=6)
     assert torch.equal(_train(spec, {}, THREATS[0], path).tensors["delta"], whole.tensors["delta"])
-    with pytest.raises(_Killed, match="at a step"):
+    with pytest.raises(_KilledError, match="at a step"):
         _train(spec, {"rate": 0.4}, THREATS[0], path, die=6)
     content = bytearray(path.read_bytes())
     content[-3] ^= 1

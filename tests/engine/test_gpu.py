@@ -38,3 +38,29 @@ def test_verdicts_are_float32_not_tf32() -> None:
     features = read_features(images.cuda(), DefendedEncoder(encoder=encoder), draws=1, seed=0).features.cpu()
     assert torch.backends.cudnn.allow_tf32, "the switch is put back"
     assert (features - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        {"name": "advencoder", "steps": 20},
+        {"name": "advencoder", "setting": "code", "steps": 20, "noises": 4, "width": 32},
+        {"name": "xtransfer", "steps": 10, "partners": ["python:project:other"]},
+    ],
+    ids=lambda attack: attack.get("setting", attack["name"]),
+)
+def test_a_fitted_attack_trains_and_runs_on_the_gpu(
+    attack: dict[str, object], precision: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
+    surrogate = {"surrogate": "fractal:classes=4,train=6,test=1,size=32", "surrogate_samples": 24}
+    config = audit_config(images, attacks=[attack], device="cuda", precision=precision, eps="16/255", **surrogate)
+    report = run_audit(config, tmp_path / "out", registry=registry())
+    (cell,) = [cell for cell in report.cells if not cell.control]
+    assert report.status == "complete"
+    assert cell.fit is not None
+    assert cell.fit.device.startswith("cuda")
+    moved = cell.metrics["feature_cosine"].value
+    assert moved is not None
+    assert moved < 0.99

@@ -175,6 +175,19 @@ FINDINGS: dict[str, FindingKind] = {
         advice="Repair or remove the named files; the head was fitted without them.",
         source="ours",
     ),
+    "stretched_artifact": FindingKind(
+        level="warning",
+        title="a pattern is used otherwise than it was fitted for",
+        advice="Fit it for this budget, place and size: a pattern that is scaled or moved is weaker than one made for "
+        "it. A note only, where a linf pattern is scaled down.",
+        source="ours",
+    ),
+    "surrogate_overlap": FindingKind(
+        level="warning",
+        title="evaluated images were among the surrogate images",
+        advice="Fit on other images: an attacker with encoder access has no downstream data, so this one saw too much.",
+        source="ours",
+    ),
 }
 
 

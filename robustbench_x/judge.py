@@ -134,10 +134,11 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
 
 @torch.no_grad()
 def retrieve(reading: Reading, head: FittedHead, labels: Tensor) -> Ranking:
-    """How well the gallery is ranked; over several draws the mean precision, and the median place of the first hit."""
+    """How well the gallery is ranked; over several draws the mean precision, and the place more than half reach."""
     draws = [head.rank(features, labels) for features in reading.features]
+    places = torch.stack([draw.first for draw in draws])
     precision = torch.stack([draw.precision for draw in draws]).mean(dim=0)
-    return Ranking(precision=precision, first=torch.stack([draw.first for draw in draws]).median(dim=0).values)
+    return Ranking(precision=precision, first=places.kthvalue(len(draws) // 2 + 1, dim=0).values)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from robustbench_x.config import AuditConfig
+from robustbench_x.engine.artifacts import artifact_path
 from robustbench_x.engine.finish import Evidence, make_report, now, write_results
 from robustbench_x.engine.proof import same_answers
 from robustbench_x.errors import UsageError
@@ -65,6 +66,10 @@ def merge_runs(runs: Sequence[Path], out: Path, registry: Registry, *, command: 
     out.mkdir(parents=True, exist_ok=True)
     try:
         write_results(report, evidence.rows, config, out)
+        for fit in {fit.sha256: fit for fit in evidence.fits.values()}.values():
+            target = artifact_path(out, fit)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(artifact_path(runs[0], fit), target)
     except BaseException:
         shutil.rmtree(out)
         raise

@@ -45,15 +45,26 @@ def matching_cells(mine: Report, theirs: Report) -> dict[str, str]:
         other = known.get(key(cell))
         if other is None:
             continue
-        if cell.params != other.params:
-            changed = [name for name in cell.params if cell.params[name] != other.params.get(name)]
+        mine_params, other_params = _comparable(cell), _comparable(other)
+        if mine_params != other_params:
+            changed = [name for name in mine_params if mine_params[name] != other_params.get(name)]
             name = changed[0] if changed else "its parameters"
             raise UsageError(
                 f"{cell.id}: {cell.attack} ran with another {name} in the two runs "
-                f"({cell.params.get(name)} and {other.params.get(name)}), so they cannot be compared"
+                f"({mine_params.get(name)} and {other_params.get(name)}), so they cannot be compared"
             )
         matched[cell.id] = other.id
     return matched
+
+
+def _comparable(cell: CellResult) -> dict[str, Any]:
+    """What must be alike for two cells to be about the same attack; which file an artefact came from need not."""
+    params = {name: value for name, value in cell.params.items() if name != "artifact" or cell.fit is None}
+    if cell.fit is None:
+        return params
+    fit = cell.fit
+    trained = {"surrogate": fit.surrogate, "surrogate_samples": fit.surrogate_samples, "fitted budget": fit.threat}
+    return params | trained | {"fitting defense": fit.defense, "fitting knowledge": fit.knowledge}
 
 
 class Discordance(NamedTuple):

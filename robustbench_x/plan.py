@@ -164,7 +164,7 @@ def _crafts(
     groups: list[tuple[str | None, tuple[str, ...]]] = (
         [(None, heads)] if spec.access in _BLIND else [(head, (head,)) for head in heads]
     )
-    shields = [(shield, _knowledge(shield, registry, spec, entry)) for shield in config.defense]
+    shields = [(shield, _knowledge(shield, registry, spec, entry, encoder)) for shield in config.defense]
     crafts = []
     for seen_head, judged in groups:
         blind: list[tuple[str, Knowledge]] = [(UNDEFENDED, "none")]
@@ -203,17 +203,22 @@ def _crafts(
 
 
 def _knowledge(
-    shield: DefenseConfig, registry: Registry, spec: AttackSpec, entry: AttackConfig
+    shield: DefenseConfig, registry: Registry, spec: AttackSpec, entry: AttackConfig, encoder: str
 ) -> tuple[Knowledge, ...]:
     """The levels at which this attack meets this defence; an attack that asks the model nothing can only be oblivious.
 
-    So can one that comes with a finished artefact: nothing of it was learned through the defence.
+    So can one that comes with a finished artefact, of which nothing was learned through the defence, and one that is
+    fitted on another encoder: neither ever sees a gradient of this victim through its defence.
 
     Query attacks always face the deployed defence, so they know it by its answers: `full` stands for that.
     """
     levels = shield.knowledge or registry.defenses[shield.name].knowledge
-    if spec.access == "none" or (spec.fits and spec.build(entry.params).artifact):
+    if spec.access == "none":
         return ("oblivious",)
+    if spec.fits:
+        attack = spec.build(entry.params)
+        if attack.artifact or attack.fit_encoder not in ("", encoder):
+            return ("oblivious",)
     if spec.access in ("scores", "labels"):
         return ("full",)
     return tuple(levels)

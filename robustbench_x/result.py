@@ -83,7 +83,8 @@ class Flag(_Stored):
 class Provenance(_Stored):
     """How an artefact was trained: on what, with what, for how long, to which losses.
 
-    `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step.
+    `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step; `key`
+    digests everything that decides the training, the code of its plugins included.
     """
 
     plugin: str
@@ -92,6 +93,7 @@ class Provenance(_Stored):
     encoder_sha256: str
     input_size: tuple[int, int]
     partners: tuple[str, ...] = ()
+    partners_sha256: tuple[str, ...] = ()
     surrogate: str
     surrogate_sha256: str
     surrogate_samples: int
@@ -109,13 +111,18 @@ class Provenance(_Stored):
     losses: dict[str, float]
     created: str
     packages: dict[str, str]
+    key: str = ""
 
 
 class FitInfo(Provenance):
-    """The artefact a cell was attacked with; `origin` says where it came from: this run's fit, a file, or shipped."""
+    """The artefact a cell was attacked with; `origin` says where it came from: this run's fit, a file, or shipped.
+
+    `downstream_images` counts the evaluated images that were among the surrogate ones.
+    """
 
     sha256: str
     origin: str
+    downstream_images: int = 0
 
 
 class Collapse(_Stored):

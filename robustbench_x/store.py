@@ -177,7 +177,11 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what an audit wrote here, and nothing else."""
         shutil.rmtree(self.state, ignore_errors=True)
-        shutil.rmtree(self.path / _ARTIFACTS, ignore_errors=True)
+        kept = self.path / _ARTIFACTS
+        for artifact in kept.glob(f"*-{'[0-9a-f]' * 12}.safetensors"):
+            artifact.unlink()
+        if kept.is_dir() and not any(kept.iterdir()):
+            kept.rmdir()
         for name in _RESULTS:
             (self.path / name).unlink(missing_ok=True)
             (self.path / f"{name}.partial").unlink(missing_ok=True)

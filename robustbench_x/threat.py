@@ -140,7 +140,7 @@ def patch_mask(corners: Tensor, side: int, height: int, width: int) -> Tensor:
 
 
 def _drawn_from(inputs: Tensor) -> Tensor:
-    """Two whole numbers per image, `(N, 2)` in [0, 2**31), from its 8-bit levels by exact integer sums."""
+    """Two whole numbers per image, `(N, 2)` in [0, 2**24), from its 8-bit levels by exact integer sums."""
     levels = (inputs.detach() * _LEVELS).round().long().flatten(1)
     place = torch.arange(1, levels.shape[1] + 1, device=inputs.device)
     weights = torch.stack([(place * 40503) % 65521, (place * 30011) % 65519], dim=1)

@@ -6,7 +6,7 @@ from rich.text import Text
 from robustbench_x.cli._progress import progress_on
 from robustbench_x.engine.craft_folder import CraftRequest, craft_folder
 from robustbench_x.engine.fit import FitRequest, fit_plugin
-from robustbench_x.errors import ConfigError, SampleError, UsageError
+from robustbench_x.errors import ConfigError
 from robustbench_x.numbers import format_eps, parse_number
 from robustbench_x.registry import load_registry
 from robustbench_x.report.inert import plain
@@ -50,10 +50,7 @@ def run_fit(request: FitRequest) -> None:
 def run_craft(request: CraftRequest) -> int:
     """Writes the images; returns 3 when one of them could not be made, whatever became of the others."""
     with progress_on(Console(stderr=True), opening=f"{request.attack} into {request.out}") as progress:
-        try:
-            manifest = craft_folder(request, load_registry(), progress)
-        except SampleError as error:
-            raise UsageError(str(error)) from error
+        manifest = craft_folder(request, load_registry(), progress)
     failed = [entry for entry in manifest["images"] if "error" in entry]
     made = count(len(manifest["images"]) - len(failed), "image")
     Console().print(Text(f"{made} in {request.out}, {len(failed)} failed; manifest.json says what was done"))

@@ -25,6 +25,7 @@ __all__ = ["SOURCE", "expand"]
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _LABEL = "cls"
 _TEST_SHARE = 0.2
+_BLOCK = 512
 
 
 class _Sample(NamedTuple):
@@ -44,10 +45,11 @@ def _open(source: str, rest: str, seed: int) -> Dataset:
         bare = samples[labelled.index(False)]
         raise DataError(f"data '{source}': {bare.shard}: {bare.key} has no .{_LABEL}, though other samples have one")
     names = sorted({sample.label or "unlabelled" for sample in samples}, key=_natural)
+    index = {name: number for number, name in enumerate(names)}
     items = tuple(
         Item(
             id=f"{sample.shard.name}/{sample.key}",
-            label=names.index(sample.label or "unlabelled"),
+            label=index[sample.label or "unlabelled"],
             load=functools.partial(_load, sample),
         )
         for sample in samples
@@ -85,6 +87,8 @@ def _choices(text: str) -> Iterator[str]:
         yield from text.split(",")
         return
     first, last = counted.groups()
+    if int(first) > int(last):
+        raise DataError(f"shards {{{text}}}: the range runs backwards")
     width = len(first) if first.startswith("0") or len(first) == len(last) else 0
     for number in range(int(first), int(last) + 1):
         yield f"{number:0{width}d}"
@@ -117,8 +121,16 @@ def _read(shard: Path) -> list[_Sample]:
                     content = tar.extractfile(member)
                     assert content is not None, "a regular member has content"
                     labels[key] = content.read().decode("utf-8", errors="strict").strip()
+                    if not labels[key]:
+                        raise DataError(f"{shard}: the .{_LABEL} of {key} is empty")
                 else:
                     images[key] = (member.offset_data, member.size)
+            end = tar.offset
+        # tarfile takes a damaged header for the end; a tar that was written whole ends in blocks of zeros.
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(_BLOCK) != bytes(_BLOCK):
+                raise DataError(f"{shard} is damaged or cut short behind its first {len(images)} images")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar: {error}") from error
     return [_Sample(key, shard, offset, size, labels.get(key)) for key, (offset, size) in images.items()]

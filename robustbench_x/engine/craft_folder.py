@@ -18,7 +18,7 @@ from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.run import resolve_device
 from robustbench_x.engine.supply import Supplied, Supply
-from robustbench_x.errors import ConfigError, DataError, SampleError, UsageError
+from robustbench_x.errors import ConfigError, DataError, UsageError
 from robustbench_x.judge import admit, feature_cosine, measure, read_features
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.randomness import SampleRandom, derive_seed
@@ -31,6 +31,7 @@ from robustbench_x.views import EncoderHandle, EncoderView, ImageView, Meter
 __all__ = ["CraftRequest", "craft_folder"]
 
 _BATCH = 16
+_BEGUN = ".unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,14 @@ def craft_folder(request: CraftRequest, registry: Registry, progress: Progress |
         raise UsageError(f"{spec.name} needs access {spec.access}: a folder of images has no head; use rbx audit")
     if request.threat.norm not in spec.norms:
         raise ConfigError(f"attack {spec.name} has no norm '{request.threat.norm}'; it has {', '.join(spec.norms)}")
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise UsageError(f"--out {request.out}: name an empty or a new folder")
+    _check_out(request.out)
     attack, progress = spec.build(request.params), progress or Silent()
     items = open_dataset(f"images:{request.images}", registry).test
     device = resolve_device(request.device)
     encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(device)
     learned = _learned(request, spec, attack, encoder, registry, device, progress)
     request.out.mkdir(parents=True, exist_ok=True)
+    (request.out / _BEGUN).touch()
     progress.begin(len(items), 0)
     entries = []
     for start in range(0, len(items), _BATCH):
@@ -90,7 +91,14 @@ def craft_folder(request: CraftRequest, registry: Registry, progress: Progress |
         "images": entries,
     }
     write_atomically(request.out / "manifest.json", json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+    (request.out / _BEGUN).unlink()
     return manifest
+
+
+def _check_out(out: Path) -> None:
+    """Takes a new folder, an empty one, or one that was left unfinished, whose images are made again."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _BEGUN).exists())):
+        raise UsageError(f"--out {out}: name an empty or a new folder")
 
 
 def _learned(
@@ -139,7 +147,7 @@ def _batch(
     inputs = torch.stack(list(pixels.values())).to(device)
     try:
         images, errors = _attack(request, spec, attack, encoder, learned, list(pixels), inputs)
-    except SampleError as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes the error of these images
         images, errors = inputs, [f"{type(error).__name__}: {error}"] * len(inputs)
     measured = measure(images, inputs)
     victim = DefendedEncoder(encoder=encoder)
@@ -158,7 +166,7 @@ def _batch(
             "linf": float(measured.linf[i]),
             "l2": float(measured.l2[i]),
             "ssim": float(measured.ssim[i]),
-            "feature_cosine": float(cosine[i]),
+            "feature_cosine": None if cosine[i].isnan() else float(cosine[i]),
         }
     return list(entries.values())
 

@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 
 from robustbench_x import __version__
 from robustbench_x.config import AuditConfig
+from robustbench_x.diagnose import CellRecord
+from robustbench_x.engine.artifacts import note_of
 from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_result, worst_cases
 from robustbench_x.findings import finding
+from robustbench_x.numbers import format_eps
 from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
 from robustbench_x.result import (
@@ -92,13 +95,18 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         num_classes={key: head.num_classes for key, head in heads.items()},
         evaluated=evidence.evaluated,
     )
-    findings = [*evidence.probes, *_training_findings(evidence.heads), *cell_findings(records)]
+    findings = [
+        *evidence.probes,
+        *_training_findings(evidence.heads),
+        *_fit_findings(evidence, records),
+        *cell_findings(records),
+    ]
     params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
     cells = tuple(
         cell_result(
             record,
             [f for f in findings if f.cell == cell or cell in f.applies_to],
-            params=params[record.cell.attack],
+            params=params[record.cell.attack] | _learned(evidence.fits.get(cell)),
             fit=evidence.fits.get(cell),
             head=heads[record.cell.encoder, record.cell.data, record.cell.head],
         )
@@ -121,7 +129,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
 def _fits(folder: RunFolder, plan: Plan) -> dict[str, FitInfo]:
     """What each cell's attack had learned; a training that failed left none."""
     crafts = [craft for stage in plan.stages for craft in stage.crafts]
-    notes = {craft.id: folder.notes(f"fit-{craft.id}") for craft in crafts}
+    notes = {craft.id: folder.notes(note_of(craft)) for craft in crafts}
     return {cell.id: FitInfo(**note) for craft in crafts if (note := notes[craft.id]) for cell in craft.cells}
 
 
@@ -171,6 +179,36 @@ def _training_findings(heads: Sequence[HeadInfo]) -> list[Finding]:
         if count:
             text = f"{head.data}, head {head.head}: {count} training images left out: {'; '.join(names)}"
             found.append(finding("unreadable_images", text))
+    return found
+
+
+def _learned(fit: FitInfo | None) -> dict[str, Any]:
+    """The parameters that an artefact was really trained with."""
+    return {} if fit is None else fit.params
+
+
+def _fit_findings(evidence: Evidence, records: Mapping[str, CellRecord]) -> list[Finding]:
+    """Artefacts used at another budget, place or size than they were fitted for, or fitted on the judged images."""
+    found = []
+    encoders = {info.source: info for info in evidence.encoders}
+    for cell, fit in evidence.fits.items():
+        threat, made = records[cell].cell.threat, fit.threat
+        if fit.downstream_images:
+            text = f"{fit.downstream_images} evaluated images are among the {fit.surrogate_samples} it was fitted on"
+            found.append(finding("surrogate_overlap", text, cell))
+        changes = []
+        if threat.eps != made.eps:
+            changes.append(f"eps {format_eps(made.eps)}, used at {format_eps(threat.eps)}")
+        if threat.norm == "patch" and threat.placement != made.placement:
+            changes.append(f"placement {made.placement}, used at {threat.placement}")
+        victim = encoders[records[cell].cell.encoder]
+        if fit.encoder_sha256 == victim.sha256 and fit.input_size != victim.input_size:
+            changes.append(f"{fit.input_size[0]} pixels, used at {victim.input_size[0]}")
+        if changes:
+            stretched = finding("stretched_artifact", f"fitted for {'; '.join(changes)}", cell)
+            # Scaled down, a pattern that spends its budget stays close to one fitted for the smaller one.
+            smaller = len(changes) == 1 and threat.norm == "linf" and threat.eps < made.eps
+            found.append(stretched.model_copy(update={"level": "note"}) if smaller else stretched)
     return found
 
 

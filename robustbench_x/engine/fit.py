@@ -1,5 +1,6 @@
 """`rbx fit` as a function: one training, from names to an artefact on disk."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.run import resolve_device
 from robustbench_x.engine.supply import Supplied, Supply
-from robustbench_x.errors import ConfigError, UsageError
-from robustbench_x.fitting.artifact import write_artifact
+from robustbench_x.errors import ConfigError, SourceError, UsageError
+from robustbench_x.fitting.artifact import read_artifact, write_artifact
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.registry import Registry
 from robustbench_x.threat import ThreatModel
 
-__all__ = ["FitRequest", "fit_plugin", "fitted_spec", "make_supply"]
+__all__ = ["FitRequest", "fit_plugin"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +44,43 @@ def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | Non
         UsageError: The plugin has nothing to train, or a source, parameter or budget is wrong.
         SampleError: The training failed.
     """
-    spec = fitted_spec(registry, request.plugin)
+    spec = _fitted_spec(registry, request.plugin)
     if request.threat.norm not in spec.norms:
         raise ConfigError(f"attack {spec.name} has no norm '{request.threat.norm}'; it has {', '.join(spec.norms)}")
     if request.threat.radius == 0:
         raise ConfigError("eps is 0: there is nothing to train")
     if request.out.suffix != ".safetensors":
         raise UsageError(f"--out {request.out}: an artefact is a .safetensors file")
+    _check_out(request.out)
     for name in ("artifact", "fit_encoder"):
         if name in request.params:
             raise ConfigError(f"{spec.name}.{name} is for an audit; rbx fit makes the artefact, on --encoder")
     attack = spec.build(request.params)
-    supply = make_supply(request, registry, progress or Silent())
+    supply = _make_supply(request, registry, progress or Silent())
     encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(supply.device)
     found = supply.artifact(spec, attack, encoder, request.threat)
     write_artifact(request.out, found.artifact)
     return found
 
 
-def fitted_spec(registry: Registry, name: str) -> AttackSpec:
+def _check_out(out: Path) -> None:
+    """Refuses to overwrite anything but an artefact, before hours are spent."""
+    if out.exists():
+        try:
+            read_artifact(out)
+        except SourceError as error:
+            raise UsageError(
+                f"--out {out}: this is no artefact of rbx fit, so it is left alone; name another"
+            ) from error
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out}: the folder cannot be written to")
+
+
+def _fitted_spec(registry: Registry, name: str) -> AttackSpec:
     """The attack called `name`, which must have something to train.
 
     Raises:
@@ -75,7 +94,7 @@ def fitted_spec(registry: Registry, name: str) -> AttackSpec:
     return spec
 
 
-def make_supply(request: FitRequest, registry: Registry, progress: Progress) -> Supply:
+def _make_supply(request: FitRequest, registry: Registry, progress: Progress) -> Supply:
     """Where its trainings come from."""
     if request.precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {request.precision}: choose fp32 or bf16")

@@ -20,6 +20,7 @@ from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_note
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
 from robustbench_x.engine.supply import Supply
 from robustbench_x.errors import DataError, RunError, SampleError, UsageError
+from robustbench_x.fitting.job import device_name
 from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.result import Report, StageProof, read_report
@@ -103,7 +104,7 @@ class _Run:
             header = folder.notes("run") or {
                 "started": now(),
                 "command": command,
-                "device": _device_name(self.device),
+                "device": device_name(self.device),
                 "batch_size": self.batch_size,
             }
             folder.note("run", header)
@@ -223,16 +224,17 @@ class _Run:
                 craft=craft,
                 spec=specs[craft.id],
                 attack=specs[craft.id].build(craft.attack.params),
-                surrogate=surrogate if specs[craft.id].access == "encoder" else None,
+                surrogate=surrogate if specs[craft.id].access == "encoder" and not specs[craft.id].fits else None,
             )
             for craft in stage.crafts
         ]
         # What was asked for and cannot be had is known before hours are spent.
         for attack in at_work:
-            if attack.spec.fits and attack.attack.artifact:  # type: ignore[attr-defined]
-                self._with_artifact(work, attack)
+            if attack.spec.fits:
+                self._artifacts.prepare(work, attack.craft, attack.spec, attack.attack)  # type: ignore[arg-type]
         for attack in at_work:
-            self._run_craft(work, self._with_artifact(work, attack))
+            stored = all(self.folder.has_batch(attack.craft.id, number) for number in range(work.num_batches))
+            self._run_craft(work, attack if stored else self._with_artifact(work, attack))
 
     def _with_artifact(self, stage: StageAtWork, work: AttackAtWork) -> AttackAtWork:
         """`work` with what it learned, or with why it learned nothing: its samples then become error rows."""
@@ -312,9 +314,3 @@ class _Run:
             self.folder.note(f"stage-{number}", stage_notes(stage))
         elif not same_proof(StageProof(**stored["proof"]), proof_of(stage)):
             raise RunError(f"{self.folder.path}: {changed(stage.stage)} interrupted; start over with --no-resume")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -1,5 +1,6 @@
 """How a fitted attack comes by its artefact: a file, a shipped one, the cache, or a training now."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress
-from robustbench_x.errors import SampleError, SourceError, UsageError
+from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact, check_artifact, read_artifact, write_artifact
 from robustbench_x.fitting.job import FitJob, Pool, make_pool
+from robustbench_x.integrity import Seal, modules_within
 from robustbench_x.plan import UNDEFENDED
 from robustbench_x.plugin import AttackSpec, FittedAttack
 from robustbench_x.registry import Registry
@@ -66,6 +68,8 @@ class Supply:
     fresh: bool = False
     _pools: dict[tuple[str, tuple[int, int]], Pool] = field(default_factory=dict, init=False, repr=False)
     """Decoded surrogate images by encoder and size: every attack on an encoder trains on the same."""
+    _loaded: dict[str, Encoder] = field(default_factory=dict, init=False, repr=False)
+    """Further encoders by source."""
 
     def artifact(
         self,
@@ -74,22 +78,26 @@ class Supply:
         victim: Encoder,
         threat: ThreatModel,
         perceived: Perceived = UNSEEN,
+        *,
+        seal: Seal | None = None,
     ) -> Supplied:
         """The artefact that `attack` asks for, or one trained for `threat` on its encoder.
+
+        `seal` covers what a training must leave alone beside the encoders and the defence: the heads of an audit.
 
         Raises:
             UsageError: What was asked for cannot be had, or does not belong to this encoder, attack or norm.
             SampleError: The training failed.
         """
-        other = attack.fit_encoder not in ("", victim.source)
-        encoder = self.load(attack.fit_encoder) if other else victim
+        encoder = self.fitted_on(attack, victim)
         if not attack.artifact:
-            return self._fitted(self.job(spec, attack, encoder, threat, perceived))
-        found = _find(spec, attack.artifact, encoder)
+            return self._fitted(self.job(spec, attack, encoder, threat, perceived), seal)
+        found = _find(spec, attack.artifact, encoder, threat)
         check_artifact(
             found.artifact,
             where=found.origin,
-            plugin=spec.name,
+            spec=spec,
+            attack=attack,
             source=encoder.source,
             sha256=encoder.sha256,
             norm=threat.norm,
@@ -116,10 +124,29 @@ class Supply:
             knowledge=perceived.knowledge,
         )
 
+    def fitted_on(self, attack: FittedAttack[Any], victim: Encoder) -> Encoder:
+        """The encoder that `attack` is trained on."""
+        return victim if attack.fit_encoder in ("", victim.source) else self.load(attack.fit_encoder)
+
     def load(self, source: str) -> Encoder:
         """A further encoder, on the device."""
-        self.progress.task(f"loading {source}")
-        return load_encoder(source, self.registry, allow_pickle=self.allow_pickle).encoder.to(self.device)
+        if source not in self._loaded:
+            self.progress.task(f"loading {source}")
+            loaded = load_encoder(source, self.registry, allow_pickle=self.allow_pickle)
+            self._loaded[source] = loaded.encoder.to(self.device)
+        return self._loaded[source]
+
+    def check_surrogate(self) -> None:
+        """Opens the surrogate data, so that a wrong name is known at once.
+
+        Raises:
+            UsageError: It cannot be opened.
+        """
+        self.open_dataset(self.surrogate or DEFAULT_SURROGATE)
+
+    def image_digests(self, encoder: Encoder) -> set[str]:
+        """Digests of the surrogate images at this encoder's size, as an audit digests the evaluated ones."""
+        return {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in self._pool(encoder).levels}
 
     def _pool(self, encoder: Encoder) -> Pool:
         key = encoder.source, encoder.input_size
@@ -137,9 +164,9 @@ class Supply:
             self.progress.say(f"surrogate image left out: {message}")
         return pool
 
-    def _fitted(self, job: FitJob) -> Supplied:
-        """Trained now or earlier; an interrupted training goes on."""
-        path = cache.cache_dir() / "fits" / f"{job.key()}.safetensors"
+    def _fitted(self, job: FitJob, outer: Seal | None) -> Supplied:
+        """Trained now or earlier; an interrupted training goes on. One that tampered with a model is thrown away."""
+        path = cache.cache_dir() / "fits" / f"{job.cache_key()}.safetensors"
         checkpoint = path.with_suffix(".partial.safetensors")
         if self.fresh:
             path.unlink(missing_ok=True)
@@ -156,13 +183,19 @@ class Supply:
             terms = ", ".join(f"{term} {value:.3g}" for term, value in losses.items())
             self.progress.task(f"fitting {name} on {source}: step {done} of {total}, {terms}")
 
+        shield = () if job.shield is None else modules_within(job.shield.defense)
+        seals = [Seal(job.encoder, *job.partners, *shield), *([] if outer is None else [outer])]
         try:
             with isolated(self.seed, self.device):
                 artifact = job.run(checkpoint, show)
-        except UsageError:
-            raise
         except (Exception, SystemExit) as error:  # a plugin that leaves must not end an audit with its own code
             raise SampleError(f"the training of {name} failed: {type(error).__name__}: {error}") from error
+        finally:
+            broken = [problem for seal in seals if (problem := _restored(seal)) is not None]
+            if broken:
+                checkpoint.unlink(missing_ok=True)
+        if broken:
+            raise SampleError(f"during the training of {name}: {broken[0]}")
         write_artifact(path, artifact)
         checkpoint.unlink(missing_ok=True)
         made = artifact.provenance
@@ -170,7 +203,15 @@ class Supply:
         return Supplied(artifact, "fitted for this run")
 
 
-def _find(spec: AttackSpec, asked: str, encoder: Encoder) -> Supplied:
+def _restored(seal: Seal) -> str | None:
+    """What was broken, put back; None where nothing was."""
+    broken = seal.broken()
+    if broken is not None:
+        seal.restore()
+    return broken
+
+
+def _find(spec: AttackSpec, asked: str, encoder: Encoder, threat: ThreatModel) -> Supplied:
     """The artefact that `asked` names: a file, or the shipped one of this encoder."""
     if asked != SHIPPED:
         return Supplied(read_artifact(Path(asked).expanduser()), f"artefact {asked}")
@@ -178,10 +219,10 @@ def _find(spec: AttackSpec, asked: str, encoder: Encoder) -> Supplied:
     for path in sorted(spec.shipped.glob("*.safetensors")) if spec.shipped else []:
         artifact = read_artifact(path)
         made = artifact.provenance
-        if (made.plugin, made.encoder_sha256) == (spec.name, encoder.sha256):
+        if (made.plugin, made.encoder_sha256, made.threat.norm) == (spec.name, encoder.sha256, threat.norm):
             return Supplied(artifact, f"shipped artefact {path.name}")
-        known.append(f"{made.encoder} (sha256 {made.encoder_sha256})")
+        known.append(f"{made.encoder} (norm {made.threat.norm}, sha256 {made.encoder_sha256})")
     raise SourceError(
-        f"{spec.name} ships no artefact for {encoder.source} (sha256 {encoder.sha256}); it ships some for "
+        f"{spec.name} ships no artefact for {encoder.source} (norm {threat.norm}, sha256 {encoder.sha256}); it ships "
         f"{', '.join(known) or 'no encoder'}; leave artifact empty to fit one"
     )

@@ -1,8 +1,10 @@
 """One training as the harness sets it up: what is handed over, what identifies it, what its artefact says."""
 
 import datetime
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +27,7 @@ from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import Shield, perceive
 from robustbench_x.views import EncoderHandle, FitView, ImagePool, Knowledge, Meter
 
-__all__ = ["FitJob", "Pool", "make_pool"]
+__all__ = ["FitJob", "Pool", "code_digest", "device_name", "make_pool"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 _PLACES = ("artifact", "fit_encoder")
@@ -90,19 +92,29 @@ class FitJob:
         return {p.name: getattr(self.attack, p.name) for p in self.spec.params if p.name not in _PLACES}
 
     def key(self) -> str:
-        """A digest of everything that decides the artefact, encoder code and defence included."""
-        threat = self.threat
+        """A digest of everything that decides the training, the same on every machine and device.
+
+        Weights, images, parameters, and the code of this package and of the plugins; the code of a `python:` encoder
+        shows in `cache_key` only.
+        """
+        threat, shield = self.threat, self.shield
         parts = [
-            __version__,
-            self.spec.name,
+            code_digest("robustbench_x"),
+            [self.spec.name, code_digest(self.spec.factory.__module__)],
             self.params,
-            [self._fingerprint(encoder) for encoder in (self.encoder, *self.partners)],
+            [[encoder.sha256, encoder.input_size] for encoder in (self.encoder, *self.partners)],
             [self.pool.sha256, len(self.pool.levels)],
             [threat.norm, threat.eps, threat.placement if threat.norm == "patch" else ""],
-            [self.shield_title, dict(self.shield_params or {}), self.knowledge],
+            [] if shield is None else [shield.spec.name, code_digest(type(shield.defense).__module__)],
+            [dict(self.shield_params or {}), self.knowledge],
             [self.seed, self.bf16],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def cache_key(self) -> str:
+        """`key`, and what the encoders answer here: for files that never leave this machine."""
+        answers = [self._fingerprint(encoder) for encoder in (self.encoder, *self.partners)]
+        return hashlib.sha256("\n".join([self.key(), *answers]).encode()).hexdigest()
 
     def run(self, checkpoint: Path | None, show: Show | None = None, *, every: float = 20.0) -> Artifact:
         """Trains, from the checkpoint where there is one.
@@ -110,15 +122,16 @@ class FitJob:
         Raises:
             SampleError: The training broke down.
         """
-        meter = Meter()
+        meter, key = Meter(), self.key()
         view = self.view(meter)
         trained = run_training(
             lambda: self.attack.trainer(view),
             pool=len(view.surrogate),
             seed=view.seed,
             meter=meter,
+            device=self.device,
             checkpoint=checkpoint,
-            key=self.key(),
+            key=key if checkpoint is None else self.cache_key(),
             every=every,
             show=show,
         )
@@ -130,6 +143,7 @@ class FitJob:
             encoder_sha256=self.encoder.sha256,
             input_size=self.encoder.input_size,
             partners=tuple(encoder.source for encoder in self.partners),
+            partners_sha256=tuple(encoder.sha256 for encoder in self.partners),
             surrogate=self.pool.source,
             surrogate_sha256=self.pool.sha256,
             surrogate_samples=len(self.pool.levels),
@@ -142,13 +156,14 @@ class FitJob:
             seed=self.seed,
             steps=trained.steps,
             precision="bf16" if self.bf16 else "fp32",
-            device=_device_name(self.device),
+            device=device_name(self.device),
             seconds=round(trained.seconds, 3),
             forwards=trained.forwards,
             backwards=trained.backwards,
             losses=trained.losses,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             packages={name: version(name) for name in _PACKAGES},
+            key=key,
         )
         return Artifact(trained.tensors, provenance)
 
@@ -180,7 +195,23 @@ class FitJob:
         return hashlib.sha256(text + answer.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _device_name(device: torch.device) -> str:
+@functools.cache
+def code_digest(module: str) -> str:
+    """A digest of every source file of the package that `module` lies in; of the module's own outside packages."""
+    top = module.partition(".")[0]
+    origin = getattr(sys.modules.get(top), "__file__", None)
+    if origin is None:
+        return top
+    root = Path(origin)
+    files = sorted(root.parent.rglob("*.py")) if root.name == "__init__.py" else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root.parent).as_posix()}:".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a report names it."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -16,6 +16,7 @@ from robustbench_x.errors import SampleError
 from robustbench_x.fitting.artifact import write_tensors
 from robustbench_x.plugin import Trainer
 from robustbench_x.randomness import derive_seed
+from robustbench_x.victim import fresh_draw
 from robustbench_x.views import Meter
 
 __all__ = ["Trained", "batch_index", "run_training"]
@@ -62,6 +63,7 @@ def run_training(
     pool: int,
     seed: int,
     meter: Meter,
+    device: torch.device | None = None,
     checkpoint: Path | None = None,
     key: str = "",
     every: float = 20.0,
@@ -74,6 +76,7 @@ def run_training(
         pool: Number of surrogate images.
         seed: Decides the batches.
         meter: Counts what the trainer sends through the encoders.
+        device: Whose global generator is seeded anew for every step, beside the CPU's.
         checkpoint: Where the state is kept; removed by whoever stores the result. None keeps none.
         key: What the training is of; a checkpoint of another key, or a damaged one, counts as absent.
         every: Seconds between checkpoints.
@@ -83,7 +86,9 @@ def run_training(
         SampleError: A loss term is not finite, or the method needs surrogate images and there is none.
     """
     started = time.perf_counter()
-    trainer = make()
+    place = device or torch.device("cpu")
+    with fresh_draw(derive_seed(seed, "make"), place):
+        trainer = make()
     if trainer.batch and not pool:
         raise SampleError("the training needs surrogate images and there is none")
     done, before = _resume(trainer, checkpoint, key)
@@ -102,7 +107,9 @@ def run_training(
 
     for number in range(done, trainer.steps):
         index = batch_index(number, batch=trainer.batch, pool=pool, seed=seed)
-        terms = trainer.step(number, index)
+        # A random defence, or a plugin that knows only the global generator: the same draws after any resume.
+        with fresh_draw(derive_seed(seed, "step", number), place):
+            terms = trainer.step(number, index)
         now = time.perf_counter()
         last = number + 1 == trainer.steps
         if last or now - shown > _SHOW_SECONDS:

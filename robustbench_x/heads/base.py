@@ -15,7 +15,7 @@ Task = Literal["classification", "retrieval"]
 
 
 class Ranking(NamedTuple):
-    """How well a gallery is ranked, per query: average precision `(N,)`, and the place of the first relevant item."""
+    """How well a gallery is ranked, `(N,)` each: average precision, place of the first relevant item (inf: none)."""
 
     precision: Tensor
     first: Tensor

@@ -51,8 +51,8 @@ class RetrievalHead(nn.Module):
         """How well the gallery is ranked for queries of `labels` `(N,)`."""
         order = self._cosines(features).argsort(dim=1, descending=True, stable=True)
         relevant = self.labels[order] == labels[:, None]
-        first = relevant.float().argmax(dim=1) + 1
-        return Ranking(precision=average_precision(relevant, _K), first=first.float())
+        first = (relevant.float().argmax(dim=1) + 1).float().masked_fill(~relevant.any(dim=1), torch.inf)
+        return Ranking(precision=average_precision(relevant, _K), first=first)
 
     def _cosines(self, features: Tensor) -> Tensor:
         return F.normalize(features.float(), dim=1) @ self.gallery.T

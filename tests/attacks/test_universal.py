@@ -1,6 +1,7 @@
 """Universal attacks: the generator, the loss terms, the pattern, and whether a training learns anything."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderView, Meter
 from robustbench_x_attacks.universal import terms
 from robustbench_x_attacks.universal.generator import Generator, bounded
-from robustbench_x_attacks.universal.pattern import put_on
+from robustbench_x_attacks.universal.pattern import put_on, step_places
 
 REGISTRY = load_registry()
 ADVENCODER = REGISTRY.attacks["advencoder"]
@@ -300,3 +301,65 @@ def test_the_bandit_turns_to_the_encoder_that_resists() -> None:
         trainer.step(number, torch.arange(trainer.batch))
     pulls = trainer.state()["pulls"]
     assert pulls[1] > 2 * pulls[0] > 0
+
+
+class _Answers:
+    """An encoder as a training sees it, with features of our making."""
+
+    layers: tuple[str, ...] = ()
+    input_size = (16, 16)
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        self.features = answer
+
+
+@pytest.mark.parametrize("params", [{}, {"setting": "code", **SMALL}], ids=["direct", "generator"])
+def test_a_gradient_that_is_nan_or_never_there_is_an_error_and_no_artefact(params: dict[str, object]) -> None:
+    job = toy_job(ADVENCODER, {"steps": 3, **params}, toy_victim(), LINF)
+
+    def train(answer: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        view = job.view(Meter())
+        object.__setattr__(view, "encoder", _Answers(answer))
+        trainer = job.attack.trainer(view)
+        for number in range(trainer.steps):
+            trainer.step(number, torch.arange(trainer.batch))
+        return trainer.result()
+
+    def dead(images: Tensor) -> Tensor:
+        means = images.mean(dim=(2, 3))
+        return torch.cat([means, (0 * means[:, :1]).square().sqrt()], dim=1)  # its derivative at zero is NaN
+
+    def flat(images: Tensor) -> Tensor:
+        return torch.ones(len(images), 4) + 0 * images.mean(dim=(1, 2, 3))[:, None]
+
+    with pytest.raises(AttackError, match="the gradient of step 0 holds NaN or infinity"):
+        train(dead)
+    if not params:
+        with pytest.raises(AttackError, match="every gradient of the training was exactly zero"):
+            train(flat)
+
+
+def test_a_contrast_needs_two_images() -> None:
+    job = toy_job(ADVENCODER, {"contrast": "code", "batch": 1}, toy_victim(), LINF)
+    with pytest.raises(AttackError, match="it needs two, not 1"):
+        job.attack.trainer(job.view(Meter()))
+
+
+@pytest.mark.parametrize("name", ["fff", "pap"])
+def test_patches_of_random_place_are_trained_at_many_places(name: str) -> None:
+    places = {tuple(c) for n in range(8) for c in _places_of(n).tolist()}
+    assert len(places) > 4
+    threat = ThreatModel(norm="patch", eps=0.1, placement="random")
+    params: dict[str, object] = {"steps": 2, **({"variant": "ugs"} if name == "pap" else {})}
+    fixed = fit_toy(REGISTRY.attacks[name], params, toy_victim(), PATCH).tensors["patch"]
+    anywhere = fit_toy(REGISTRY.attacks[name], params, toy_victim(), threat).tensors["patch"]
+    assert not torch.equal(fixed, anywhere)
+
+
+def _places_of(number: int) -> Tensor:
+    """Where the patches of one step sit, seen by what they cover."""
+    threat = ThreatModel(norm="patch", eps=0.1, placement="random")
+    view = toy_job(ADVENCODER, {}, toy_victim(), threat).view(Meter())
+    side = threat.side(16, 16)
+    worn = put_on(torch.zeros(4, 3, 16, 16), torch.ones(1, 3, side, side), threat, places=step_places(view, number))
+    return torch.stack([image[0].nonzero()[0] for image in worn])

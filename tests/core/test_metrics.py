@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 from sklearn.metrics import accuracy_score
 
 from robustbench_x.metrics import METRICS, Outcome, compute, worst_case
 from robustbench_x.stats import Interval, wilson
 
 _MEANS = ("linf", "l2", "ssim", "feature_cosine", "forwards", "backwards", "seconds")
+_OPTIONAL = {name for name, info in METRICS.items() if name == "targeted_success" or info.task == "retrieval"}
 
 
-def _outcome(n: int, *, seed: int = 0, errors: float = 0.2, targets: float = 0.0, classes: int = 4) -> Outcome:
+def _outcome(
+    n: int, *, seed: int = 0, errors: float = 0.2, targets: float = 0.0, classes: int = 4, ranked: bool = False
+) -> Outcome:
     rng = np.random.default_rng(seed)
     error = rng.random(n) < errors
     label = rng.integers(0, classes, n)
@@ -23,10 +27,15 @@ def _outcome(n: int, *, seed: int = 0, errors: float = 0.2, targets: float = 0.0
     adv = np.where(rng.random(n) < 0.4, clean, rng.integers(0, classes, n))
     adv8 = np.where(rng.random(n) < 0.8, adv, clean)
     target = np.where(rng.random(n) < targets, rng.integers(0, classes, n), -1)
-    numbers = {name: np.where(error, np.nan, rng.random(n)) for name in _MEANS}
+    values: dict[str, Any] = {name: np.where(error, np.nan, rng.random(n)) for name in _MEANS}
     predictions = {"clean_pred": clean, "adv_pred": adv, "adv8_pred": adv8}
-    unjudged = {name: np.where(error, -1, values) for name, values in predictions.items()}
-    return Outcome(label=label, error=error, target=target, **unjudged, **numbers)
+    values |= {name: np.where(error, -1, found) for name, found in predictions.items()}
+    if ranked:
+        # Precisions of exactly 0 and 1 among them, and places on both sides of 1 and of 10.
+        found = {f"{side}_ap": np.clip(1.4 * rng.random(n) - 0.2, 0, 1) for side in ("clean", "adv")}
+        found |= {f"{side}_rank": rng.choice([1.0, 2.0, 9.0, 10.0, 11.0, 400.0], n) for side in ("clean", "adv")}
+        values["retrieval"] = {name: np.where(error, np.nan, numbers) for name, numbers in found.items()}
+    return Outcome(label=label, error=error, target=target, **values)
 
 
 def _perfect(n: int, **changes: Any) -> Outcome:
@@ -42,11 +51,22 @@ def _rate(pairs: list[bool]) -> Interval:
     return wilson(sum(pairs), len(pairs))
 
 
+def _bounded_mean(values: list[float]) -> Interval:
+    """The mean, and the t with n (mean - t)^2 = z^2 t (1 - t): the score test of a rate of that size."""
+    n, mean, z2 = len(values), math.fsum(values) / len(values), float(chi2.ppf(0.95, 1))
+    low, high = sorted(np.roots([n + z2, -(2 * n * mean + z2), n * mean * mean]).real.tolist())
+    return Interval(value=mean, low=low, high=high)
+
+
 def _reference(o: Outcome) -> dict[str, Interval]:
-    rows = [{name: getattr(o, name)[i].item() for name in Outcome.__dataclass_fields__} for i in range(len(o.label))]
+    arrays = {name: getattr(o, name) for name in Outcome.__dataclass_fields__ if name != "retrieval"}
+    arrays |= o.retrieval or {}
+    rows = [{name: values[i].item() for name, values in arrays.items()} for i in range(len(o.label))]
     judged = [r for r in rows if not r["error"]]
     if not judged:
-        names = [m for m in METRICS if m != "targeted_success" or any(r["target"] >= 0 for r in rows)]
+        names = set(METRICS) - _OPTIONAL
+        names |= {"targeted_success"} if any(r["target"] >= 0 for r in rows) else set()
+        names |= {m for m, info in METRICS.items() if info.task == "retrieval" and o.retrieval}
         return {name: Interval() for name in names}
     right = [r for r in judged if r["clean_pred"] == r["label"]]
     counts = Counter(r["adv_pred"] for r in judged)
@@ -66,6 +86,15 @@ def _reference(o: Outcome) -> dict[str, Interval]:
     if any(r["target"] >= 0 for r in rows):
         aimed = [r for r in judged if r["target"] >= 0]
         found["targeted_success"] = _rate([r["adv_pred"] == r["target"] for r in aimed])
+    if o.retrieval:
+        found |= {
+            "clean_map@10": _bounded_mean([r["clean_ap"] for r in judged]),
+            "map@10": _bounded_mean([r["adv_ap"] for r in judged]),
+            "clean_recall@1": _rate([r["clean_rank"] == 1 for r in judged]),
+            "recall@1": _rate([r["adv_rank"] == 1 for r in judged]),
+            "clean_recall@10": _rate([r["clean_rank"] in range(1, 11) for r in judged]),
+            "recall@10": _rate([r["adv_rank"] in range(1, 11) for r in judged]),
+        }
     for name, field in {
         "feature_cosine": "feature_cosine",
         "l2_mean": "l2",
@@ -88,9 +117,10 @@ def _assert_same(found: dict[str, Interval], expected: dict[str, Interval]) -> N
 @pytest.mark.parametrize("n", [1, 2, 3, 40, 300])
 @pytest.mark.parametrize("errors", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("targets", [0.0, 0.5, 1.0])
-def test_every_metric_equals_the_reference(n: int, errors: float, targets: float) -> None:
+@pytest.mark.parametrize("ranked", [False, True])
+def test_every_metric_equals_the_reference(n: int, errors: float, targets: float, ranked: bool) -> None:
     for seed in range(5):
-        outcome = _outcome(n, seed=seed, errors=errors, targets=targets)
+        outcome = _outcome(n, seed=seed, errors=errors, targets=targets, ranked=ranked)
         _assert_same(compute(outcome), _reference(outcome))
 
 
@@ -103,13 +133,33 @@ def test_accuracies_equal_sklearn() -> None:
 
 
 def test_metrics_come_in_the_order_of_the_table() -> None:
-    assert list(compute(_outcome(20, targets=1.0))) == list(METRICS)
-    assert list(compute(_outcome(20))) == [name for name in METRICS if name != "targeted_success"]
+    assert list(compute(_outcome(20, targets=1.0, ranked=True))) == list(METRICS)
+    assert list(compute(_outcome(20, ranked=True))) == [name for name in METRICS if name != "targeted_success"]
+    assert list(compute(_outcome(20))) == [name for name in METRICS if name not in _OPTIONAL]
     assert all(info.name == name for name, info in METRICS.items())
 
 
+def test_only_what_ranks_has_retrieval_metrics() -> None:
+    ranked, plain = _outcome(20, ranked=True), _outcome(20)
+    extra = {name for name, info in METRICS.items() if info.task == "retrieval"}
+    assert len(extra) == 6
+    assert set(compute(ranked)) - set(compute(plain)) == extra
+    assert all(METRICS[name].is_rate and METRICS[name].higher_is_better for name in extra)
+    everything = compute(ranked)
+    _assert_same({name: everything[name] for name in compute(plain)}, compute(replace(ranked, retrieval=None)))
+
+
+def test_a_perfect_and_a_lost_ranking() -> None:
+    four = np.ones(4)
+    retrieval = {"clean_ap": four, "clean_rank": four, "adv_ap": 0 * four, "adv_rank": 11 * four}
+    found = compute(_perfect(4, retrieval=retrieval))
+    for name in ("map@10", "recall@1", "recall@10"):
+        assert found[f"clean_{name}"] == wilson(4, 4)
+        assert found[name] == wilson(0, 4)
+
+
 def test_only_rates_have_intervals() -> None:
-    for name, interval in compute(_outcome(50, targets=1.0)).items():
+    for name, interval in compute(_outcome(50, targets=1.0, ranked=True)).items():
         assert interval.value is not None
         assert (interval.low is not None) == METRICS[name].is_rate, name
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, chi2
 
-from robustbench_x.stats import Interval, mcnemar_exact, paired_difference, samples_to_decide, wilson
+from robustbench_x.stats import Interval, bounded_mean, mcnemar_exact, paired_difference, samples_to_decide, wilson
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.999])
@@ -29,6 +29,7 @@ def test_wilson_touches_the_ends_exactly() -> None:
 def test_nothing_measured_is_no_rate() -> None:
     assert wilson(0, 0) == Interval(value=None, low=None, high=None)
     assert paired_difference(0, 0, 0) == Interval()
+    assert bounded_mean([]) == Interval()
 
 
 @pytest.mark.parametrize(("successes", "n"), [(-1, 5), (6, 5), (0, -1)])
@@ -49,6 +50,49 @@ def test_more_disagreements_than_samples_are_refused(b: int, c: int, n: int) -> 
 def test_confidence_is_a_share(confidence: float) -> None:
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         wilson(1, 2, confidence)
+    for values in ([], [0.5]):
+        with pytest.raises(ValueError, match="strictly between 0 and 1"):
+            bounded_mean(values, confidence)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.999])
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+def test_the_mean_of_zeros_and_ones_is_a_rate(n: int, confidence: float) -> None:
+    for successes in range(n + 1):
+        values = [1.0] * successes + [0.0] * (n - successes)
+        assert bounded_mean(values, confidence) == wilson(successes, n, confidence)
+
+
+@pytest.mark.parametrize("n", [1, 3, 80])
+def test_the_interval_of_a_mean_inverts_the_score_test(n: int) -> None:
+    values = np.random.default_rng(n).beta(0.6, 1.5, n).tolist()
+    found = bounded_mean(values)
+    mean = float(np.mean(values))
+    assert found.value == pytest.approx(mean, abs=1e-15)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 < found.low < mean < found.high < 1
+    for bound in (found.low, found.high):
+        assert n * (mean - bound) ** 2 / (bound * (1 - bound)) == pytest.approx(chi2.ppf(0.95, 1), rel=1e-9)
+
+
+# From the shape of a bell to that of a coin, where the interval has nothing to spare.
+@pytest.mark.parametrize(("a", "b"), [(2, 2), (8, 1), (0.5, 0.5), (0.3, 2), (0.1, 0.1)])
+@pytest.mark.parametrize("n", [10, 40])
+def test_the_interval_of_a_mean_covers_the_truth(a: float, b: float, n: int) -> None:
+    hits = 0
+    for values in np.random.default_rng(0).beta(a, b, (1000, n)).tolist():
+        found = bounded_mean(values)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= a / (a + b) <= found.high
+    assert hits / 1000 >= 0.95
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan, math.inf])
+def test_a_value_outside_the_unit_interval_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"values must lie in \[0, 1\], got \["):
+        bounded_mean([0.5, wrong])
 
 
 def _tango_statistic(b: int, c: int, n: int, delta: float) -> float:

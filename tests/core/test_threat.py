@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from robustbench_x.errors import ConfigError
 from robustbench_x.randomness import SampleRandom
-from robustbench_x.threat import Norm, ThreatModel
+from robustbench_x.threat import Norm, Placement, ThreatModel, patch_mask
 
 NORMS: tuple[Norm, ...] = ("linf", "l2", "patch")
 EPS = {"linf": 8 / 255, "l2": 0.7, "patch": 0.1}
@@ -74,6 +75,110 @@ def test_patch_sits_where_it_is_placed(placement: str, top: int, left: int) -> N
     rows, columns = torch.nonzero(mask, as_tuple=True)
     assert (int(rows.min()), int(columns.min())) == (top, left)
     assert int(mask.sum()) == 25
+
+
+RANDOM = ThreatModel(norm="patch", eps=0.0625, placement="random")
+"""A square of 5 x 5 on 20 x 20 pixels, in any of 16 x 16 places."""
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 20), (9, 31), (31, 9)])
+@pytest.mark.parametrize("eps", [0.0, 0.003, 0.0625, 0.5, 1.0])
+def test_a_random_place_lies_inside_the_image(eps: float, height: int, width: int) -> None:
+    images = torch.randint(0, 256, (40, 3, height, width), generator=torch.Generator().manual_seed(0)) / 255
+    threat = ThreatModel(norm="patch", eps=eps, placement="random")
+    side = min(math.isqrt(int(eps * height * width)), height, width)
+    corners = threat.corners(images)
+    assert (corners.shape, corners.dtype) == ((40, 2), torch.int64)
+    assert corners.min() >= 0
+    assert (corners.amax(dim=0) <= torch.tensor([height - side, width - side])).all()
+    mask = threat.mask(images)
+    assert (mask.shape, mask.dtype) == ((40, 1, height, width), torch.bool)
+    assert (mask.sum(dim=(1, 2, 3)) == side * side).all()
+
+
+def test_a_random_place_depends_on_its_image_alone() -> None:
+    images = _images(0, n=30, side=20)
+    together = RANDOM.corners(images)
+    assert torch.equal(together, torch.cat([RANDOM.corners(image[None]) for image in images]))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(RANDOM.corners(images[order]), together[order])
+    assert torch.equal(RANDOM.corners(images[[3, 3]]), together[[3, 3]])
+    torch.manual_seed(5)
+    assert torch.equal(RANDOM.corners(images), together)
+    assert torch.equal(RANDOM.mask(images)[order], RANDOM.mask(images[order]))
+
+
+def test_a_random_place_survives_float_rounding_and_memory_layout() -> None:
+    """Attack and judge may hold the same pixels in another layout, or after a round trip through 8 bits."""
+    images = _images(2, n=30, side=20)
+    expected = RANDOM.corners(images)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(3)) - 0.5
+    assert torch.equal(RANDOM.corners(images + 1e-3 * noise), expected)
+    assert torch.equal(RANDOM.corners((images.double() * 255).round().div(255).float()), expected)
+    assert torch.equal(RANDOM.corners(images.to(memory_format=torch.channels_last)), expected)
+    assert torch.equal(RANDOM.corners(images.clone().requires_grad_()), expected)
+
+
+def test_random_places_are_spread_over_the_image() -> None:
+    threat = ThreatModel(norm="patch", eps=1 / 9, placement="random")
+    corners = threat.corners(_images(3, n=2500))  # 2 x 2 on 6 x 6 pixels: 25 places
+    counts = torch.bincount(corners[:, 0] * 5 + corners[:, 1], minlength=25)
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_images_that_differ_in_one_level_have_places_of_their_own() -> None:
+    base = torch.full((200, 3, 20, 20), 0.5)
+    for number in range(200):
+        base[number, number % 3, number // 20, number % 20] += 4 / 255
+    places = {tuple(corner) for corner in RANDOM.corners(base).tolist()}
+    assert len(places) > 100  # 256 places: 200 uniform draws meet some 139
+
+
+def test_no_other_norm_has_a_place() -> None:
+    images = _images(4)
+    for norm in ("linf", "l2"):
+        assert ThreatModel(norm=norm, eps=0.1, placement="random").mask(images).all()
+
+
+@pytest.mark.parametrize("placement", ["random", "center", "bottom-left"])
+def test_nothing_outside_the_square_changes_by_a_bit(placement: Placement) -> None:
+    # Off the 8-bit grid, so that rounding outside the square would show.
+    inputs = torch.rand(12, 3, 20, 20, generator=torch.Generator().manual_seed(6))
+    threat = ThreatModel(norm="patch", eps=0.0625, placement=placement)
+    candidates, random = _far(7, inputs), SampleRandom(range(12))
+    projected = threat.project(candidates, inputs)
+    views = {
+        "project": projected,
+        "quantize": threat.quantize(projected, inputs),
+        "noise": threat.noise(inputs, random),
+        "start": threat.start(inputs, random),
+        "start of some": threat.start(inputs[:4], random, torch.arange(4)),
+    }
+    for name, images in views.items():
+        clean = inputs[: len(images)]
+        inside = threat.mask(clean).expand_as(clean)
+        assert torch.equal(images[~inside], clean[~inside]), name
+        assert (images != clean).any(dim=1)[inside[:, 0]].all(), f"{name} leaves no pixel of the square alone"
+        assert 0 <= images.min() <= images.max() <= 1, name
+        np.testing.assert_allclose(threat.distance(images, clean).numpy(), 25 / 400, rtol=1e-5, err_msg=name)
+        assert torch.equal(threat.project(images, clean), images), name
+        assert (threat.overrun(images, clean) == 0).all(), name
+    mask = threat.mask(inputs).expand_as(inputs)
+    assert torch.equal(projected[mask], candidates.clamp(0, 1)[mask])
+    levels = views["quantize"][mask] * 255
+    assert (levels - levels.round()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("side", "height", "width"), [(0, 4, 5), (1, 4, 5), (3, 7, 5), (5, 7, 5)])
+def test_patch_mask_equals_the_loop(side: int, height: int, width: int) -> None:
+    places = [(top, left) for top in range(height - side + 1) for left in range(width - side + 1)]
+    mask = patch_mask(torch.tensor(places), side, height, width)
+    assert (mask.shape, mask.dtype) == ((len(places), 1, height, width), torch.bool)
+    for (top, left), found in zip(places, mask[:, 0].tolist(), strict=True):
+        for row in range(height):
+            for column in range(width):
+                expected = row in range(top, top + side) and column in range(left, left + side)
+                assert found[row][column] == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,3 +268,8 @@ def test_l2_ascent_survives_tiny_and_zero_gradients() -> None:
 def test_an_impossible_budget_is_refused(norm: Norm, eps: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ThreatModel(norm=norm, eps=eps)
+
+
+def test_an_unknown_placement_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown patch placement 'anywhere'; choose from .*center, random"):
+        ThreatModel(norm="patch", eps=0.1, placement="anywhere")  # type: ignore[arg-type]

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from project import TINY, attack, audit, audit_config, metrics_without_time, registry, value, write_images
+from project import TINY, attack, audit, audit_config, defense, metrics_without_time, registry, value, write_images
 from robustbench_x import cache
 from robustbench_x.engine import run_audit
 from robustbench_x.engine.craft_folder import CraftRequest, craft_folder
 from robustbench_x.engine.fit import FitRequest, fit_plugin
-from robustbench_x.errors import RunError, SourceError, UsageError
+from robustbench_x.errors import RunError, SampleError, SourceError, UsageError
 from robustbench_x.fitting import read_artifact
 from robustbench_x.merge import merge_runs
+from robustbench_x.pairing import matching_cells
 from robustbench_x.plugin import Fitted, Trainer
 from robustbench_x.store import RunFolder
 from robustbench_x.threat import ThreatModel
@@ -202,6 +204,7 @@ def test_shards_of_different_artefacts_are_not_merged(images: Path, tmp_path: Pa
     used = whole.cells[-1].fit
     assert used is not None
     (tmp_path / "s1" / "report.json").write_text(report.replace(used.sha256, "0" * 64))
+    assert list((tmp_path / "whole" / "artifacts").iterdir())
     with pytest.raises(UsageError, match="their artefacts"):
         merge_runs([tmp_path / "s0", tmp_path / "s1"], tmp_path / "mixed", registry())
 
@@ -261,7 +264,7 @@ def test_a_finished_run_is_not_served_for_a_file_that_changed(images: Path, tmp_
     first = run_audit(config, tmp_path / "out", registry=registry())
     assert run_audit(config, tmp_path / "out", registry=registry()) == first
     _fit(path, rate=0.4)
-    with pytest.raises(RunError, match=r"a.safetensors changed since this audit was finished"):
+    with pytest.raises(RunError, match=r"a.safetensors\) changed since this audit was finished"):
         run_audit(config, tmp_path / "out", registry=registry())
     assert run_audit(config, tmp_path / "out", registry=registry(), resume=False).status == "complete"
 
@@ -333,17 +336,130 @@ class Overruns(_Planted):
     ("factory", "message"),
     [(Raises, "no luck"), (Leaves, "SystemExit"), (Hardens, "the attack changed the victim's weights")],
 )
-def test_a_training_that_fails_or_tampers_makes_error_rows(
+def test_a_training_that_fails_or_tampers_makes_error_rows_every_time(
     factory: type, message: str, images: Path, tmp_path: Path
 ) -> None:
     planted = attack(factory, access="encoder", fits=True)
-    done = audit(audit_config(images, attacks=[planted.name, "pgd"], samples=12, **SETTINGS), tmp_path / "out", planted)
-    cell = done.cell(planted.name)
-    assert done.report.status == "error"
-    assert (cell.n_errors, cell.metrics["asr"].value) == (12, None)
-    assert all(message in row["error"] for row in done.of(cell))
-    assert done.lenient_gate().exit_code != 0
-    assert value(done.cell("pgd"), "asr") > 0.5, "the victim was put back for the next attack"
+    config = audit_config(images, attacks=[planted.name, "pgd"], samples=12, **SETTINGS)
+    for out in ("first", "second"):  # the second must not find in the cache what the first refused
+        done = audit(config, tmp_path / out, planted)
+        cell = done.cell(planted.name)
+        assert done.report.status == "error"
+        assert (cell.n_errors, cell.metrics["asr"].value, cell.fit) == (12, None, None)
+        assert all(message in row["error"] for row in done.of(cell))
+        assert done.lenient_gate().exit_code != 0
+        assert value(done.cell("pgd"), "asr") > 0.5, "the victim was put back for the next attack"
+
+
+def test_rbx_fit_and_craft_refuse_a_training_that_tampers(images: Path, tmp_path: Path) -> None:
+    plugins = registry(attack(Hardens, access="encoder", fits=True))
+    shared: dict[str, Any] = {"encoder": TINY, "threat": ThreatModel(eps=0.1), "params": {}, "surrogate": SURROGATE}
+    fit = FitRequest(plugin="hardens", out=tmp_path / "a.safetensors", device="cpu", **shared)
+    with pytest.raises(SampleError, match="during the training of hardens: the attack changed the victim's weights"):
+        fit_plugin(fit, plugins)
+    assert not (tmp_path / "a.safetensors").exists()
+    craft = CraftRequest(attack="hardens", images=images, out=tmp_path / "out", device="cpu", **shared)
+    with pytest.raises(SampleError, match="the attack changed the victim's weights"):
+        craft_folder(craft, plugins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """A defence that halves the contrast."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        return 0.25 + 0.5 * images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flips:
+    """A defence that mirrors the image."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        return images.flip(3)
+
+
+def test_defences_under_one_label_do_not_share_what_was_learned(images: Path, tmp_path: Path) -> None:
+    learned = []
+    for factory in (Dims, Flips):
+        shield = defense(factory, knowledge=("oblivious", "full"))
+        shields = [{"name": shield.name, "label": "shield"}]
+        config = audit_config(images, attacks=[QUICK], defenses=shields, samples=8, **SETTINGS)
+        cell = audit(config, tmp_path / shield.name, shield).cell("advencoder", defense="shield", knowledge="full")
+        assert cell.fit is not None
+        assert cell.fit.origin == "fitted for this run"
+        learned.append(cell.fit.sha256)
+    assert learned[0] != learned[1]
+
+
+def test_a_transfer_attacker_is_no_adaptive_one(images: Path, tmp_path: Path) -> None:
+    attacks = [{**QUICK, "fit_encoder": OTHER}]
+    config = audit_config(images, attacks=attacks, defenses=["jpeg"], samples=8, **SETTINGS)
+    done = audit(config, tmp_path / "out")
+    assert {cell.knowledge for cell in done.report.cells if cell.attack == "advencoder"} == {"none", "oblivious"}
+    assert "no_adaptive_attack" in done.ids("error")
+
+
+def test_a_pattern_used_otherwise_than_fitted_is_flagged(images: Path, tmp_path: Path) -> None:
+    small, large = (_fit(tmp_path / f"{name}.safetensors", eps=eps) for name, eps in (("s", 1 / 255), ("l", 32 / 255)))
+    attacks = [{**QUICK, "artifact": str(path), "label": path.stem} for path in (small, large)]
+    done = audit(audit_config(images, attacks=attacks, samples=8, **SETTINGS), tmp_path / "out")
+    found = {f.cell: f for f in done.report.findings if f.id == "stretched_artifact"}
+    assert "eps 1/255, used at 16/255" in found[done.cell("s").id].message
+    assert {name: found[done.cell(name).id].level for name in ("s", "l")} == {"s": "warning", "l": "note"}
+
+
+def test_a_cell_says_what_its_artefact_was_trained_with(images: Path, tmp_path: Path) -> None:
+    path = _fit(tmp_path / "a.safetensors", contrast="cosine", steps=3)
+    attacks = [{"name": "advencoder", "artifact": str(path)}]
+    cell = audit(audit_config(images, attacks=attacks, samples=8, **SETTINGS), tmp_path / "out").cell("advencoder")
+    assert (cell.params["contrast"], cell.params["steps"], cell.params["artifact"]) == ("cosine", 3, str(path))
+
+
+def test_evaluated_images_among_the_surrogate_ones_are_flagged(images: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "surrogate": f"images:{images / 'test'}"}
+    done = audit(audit_config(images, attacks=[QUICK], samples=8, **settings), tmp_path / "out")
+    assert "surrogate_overlap" in done.ids("warning")
+    assert "surrogate_overlap" not in audit(
+        audit_config(images, attacks=[QUICK], samples=8, **SETTINGS), tmp_path / "other"
+    ).ids("warning")
+
+
+def test_runs_with_other_surrogates_are_not_compared(images: Path, tmp_path: Path) -> None:
+    runs = []
+    for count in (6, 24):
+        settings = {**SETTINGS, "surrogate_samples": count}
+        runs.append(audit(audit_config(images, attacks=[QUICK], samples=8, **settings), tmp_path / str(count)).report)
+    with pytest.raises(UsageError, match="advencoder ran with another surrogate_samples in the two runs"):
+        matching_cells(runs[0], runs[1])
+
+
+def test_a_finished_run_is_not_served_for_other_surrogate_images(tmp_path: Path, images: Path) -> None:
+    photos = write_images(tmp_path / "photos", train=1, test=1)
+    config = audit_config(images, attacks=[QUICK], samples=8, **{**SETTINGS, "surrogate": f"images:{photos}"})
+    first = run_audit(config, tmp_path / "out", registry=registry())
+    assert run_audit(config, tmp_path / "out", registry=registry()) == first
+    write_images(tmp_path / "new", train=1, test=1, seed=5)
+    (tmp_path / "new" / "test" / "ant" / "00.png").replace(photos / "test" / "ant" / "00.png")
+    with pytest.raises(RunError, match=r"what advencoder learned from .* changed since this audit was finished"):
+        run_audit(config, tmp_path / "out", registry=registry())
+
+
+def test_no_resume_leaves_foreign_files_alone(images: Path, tmp_path: Path) -> None:
+    config = audit_config(images, attacks=[QUICK], samples=8, **SETTINGS)
+    run_audit(config, tmp_path / "out", registry=registry())
+    (tmp_path / "out" / "artifacts" / "mine.txt").write_text("mine")
+    run_audit(config, tmp_path / "out", registry=registry(), resume=False)
+    assert (tmp_path / "out" / "artifacts" / "mine.txt").read_text() == "mine"
+
+
+def test_rbx_fit_overwrites_nothing_but_an_artefact(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(UsageError, match="this is no artefact of rbx fit, so it is left alone"):
+        _fit(path)
+    assert set(safetensors.torch.load_file(path)) == {"weight"}
+    _fit(_fit(tmp_path / "a.safetensors"))
 
 
 def test_a_learned_overrun_is_projected_and_flagged(images: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What only a CUDA device can show; skipped, and said so, where there is none."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_a_fitted_attack_trains_and_runs_on_the_gpu(
     attack: dict[str, object], precision: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
-    surrogate = {"surrogate": "fractal:classes=4,train=6,test=1,size=32", "surrogate_samples": 24}
+    surrogate: dict[str, Any] = {"surrogate": "fractal:classes=4,train=6,test=1,size=32", "surrogate_samples": 24}
     config = audit_config(images, attacks=[attack], device="cuda", precision=precision, eps="16/255", **surrogate)
     report = run_audit(config, tmp_path / "out", registry=registry())
     (cell,) = [cell for cell in report.cells if not cell.control]

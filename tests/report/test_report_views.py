@@ -17,9 +17,10 @@ from robustbench_x.report.inert import html_text, markdown_text, plain, spreadsh
 from robustbench_x.report.markdown import LIMIT, render_markdown
 from robustbench_x.report.terminal import print_gates, print_report
 from robustbench_x.report.words import headline, summary
-from robustbench_x.result import Decision, Finding, Flag, Measure, Report
+from robustbench_x.result import Collapse, Decision, Finding, Flag, Measure, Report
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+NOTHING = Measure(value=None)
 HOSTILE = {
     "script": "<script>alert(1)</script>",
     "attribute": '" onerror="alert(1)',
@@ -132,7 +133,7 @@ def test_hostile_names_are_only_text(name: str) -> None:
     assert len(text.encode()) < 40_000
     tables = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"\|", re.sub(r"\\.", "", line))) for line in tables}
-    assert widths <= {3, 4, 6, 7, 11}, "a name opened a new table column"
+    assert widths <= {3, 4, 6, 7, 13}, "a name opened a new table column"
     assert all(c.isprintable() or c == "\n" for c in text)
 
     for colour in (False, True):
@@ -170,6 +171,16 @@ def test_markdown_cuts_itself_and_says_so() -> None:
         assert len(text.encode()) <= limit
         assert text.endswith(f"left out to stay within {limit} bytes; everything is in report.json._\n")
     assert render_markdown(result, decision, limit=2_000).startswith("### Safe to ship? NOT JUDGED")
+
+
+def test_markdown_names_the_class_that_absorbs_the_adversarial_images() -> None:
+    collapse = Collapse(label=1, name="a|cat", share=Measure(value=0.75, low=0.6, high=0.9))
+    absorbed = cell("absorbed").model_copy(update={"collapse": collapse})
+    measures = {"feature_cosine": Measure(value=-0.126)}
+    result = report(absorbed, cell("spread", measures=measures), cell("blind", measures={"feature_cosine": NOTHING}))
+    rows = [line.split(" | ") for line in render_markdown(result, decide(result, None, fail_on=())).splitlines()]
+    found = {row[1]: tuple(row[8:10]) for row in rows if len(row) == 12 and row[0] == "| none"}
+    assert found == {"absorbed": (r"a\|cat (75 %)", "1.50"), "spread": ("-", "-0.13"), "blind": ("-", "-")}
 
 
 def test_csv_reads_back_with_the_numbers_in_full() -> None:

@@ -1,6 +1,7 @@
 """Stored results made by hand, for tests of what reads them."""
 
 import datetime
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from robustbench_x.result import (
     DataInfo,
     EncoderInfo,
     Finding,
+    FitInfo,
     Flag,
     Measure,
     Report,
@@ -26,8 +28,9 @@ from robustbench_x.result import (
 from robustbench_x.stats import wilson
 from robustbench_x.store import ROWS
 
-__all__ = ["cell", "report", "row", "store", "worst"]
+__all__ = ["cell", "fit_info", "report", "row", "store", "worst"]
 
+_STAMP = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).isoformat()
 Hits = Mapping[str, tuple[int, int]]
 """Metric to (hits, of)."""
 
@@ -37,6 +40,7 @@ def cell(
     *,
     encoder: str = "toy:one",
     head: str = "linear",
+    task: str = "classification",
     data: str = "toy:data",
     defense: str = "none",
     knowledge: str = "none",
@@ -47,9 +51,14 @@ def cell(
     hits: Hits | None = None,
     measures: Mapping[str, Measure] | None = None,
     flags: Sequence[Flag] = (),
+    fit: FitInfo | None = None,
 ) -> CellResult:
-    """A cell whose rates have Wilson intervals, and whose other rates are 0 of `n`."""
-    rates = {name: (0, n) for name, info in METRICS.items() if info.is_rate and name != "targeted_success"}
+    """A cell whose rates have Wilson intervals, and whose other rates are 0 of `n`; those of its task alone."""
+    rates = {
+        name: (0, n)
+        for name, info in METRICS.items()
+        if info.is_rate and name != "targeted_success" and info.task in ("any", task)
+    }
     metrics = {name: _rate(*pair) for name, pair in {**rates, **(hits or {})}.items()}
     means = {name: Measure(value=1.5) for name, info in METRICS.items() if not info.is_rate}
     shield = defense if defense == "none" else f"{defense}:{knowledge}"
@@ -57,6 +66,7 @@ def cell(
         id=f"{encoder} | {head} | {data} | {shield} | {attack} | linf {format_eps(eps)}",
         encoder=encoder,
         head=head,
+        task=task,
         data=data,
         defense=defense,
         knowledge=knowledge,
@@ -70,6 +80,42 @@ def cell(
         n_errors=errors,
         metrics={**metrics, **means, **(measures or {})},
         flags=tuple(flags),
+        fit=fit,
+    )
+
+
+def fit_info(
+    encoder: str = "toy:one",
+    *,
+    plugin: str = "advencoder",
+    eps: float = 4 / 255,
+    params: Mapping[str, Any] | None = None,
+    sha256: str = "c" * 64,
+) -> FitInfo:
+    """What an attack fitted on `encoder` says of its training."""
+    return FitInfo(
+        plugin=plugin,
+        version="0",
+        encoder=encoder,
+        encoder_sha256=_weights(encoder),
+        input_size=(16, 16),
+        surrogate="toy:surrogate",
+        surrogate_sha256="b" * 64,
+        surrogate_samples=24,
+        threat=Threat(norm="linf", eps=eps),
+        params=dict(params or {}),
+        seed=0,
+        steps=40,
+        precision="fp32",
+        device="cpu (1 threads)",
+        seconds=2.0,
+        forwards=640,
+        backwards=640,
+        losses={"loss": 0.5},
+        created=_STAMP,
+        packages={"torch": "2.0"},
+        sha256=sha256,
+        origin="fitted for this run",
     )
 
 
@@ -99,13 +145,12 @@ def report(
     command: str = "rbx audit",
 ) -> Report:
     """A whole report around `cells`; its times and versions are fixed."""
-    stamp = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).isoformat()
     return Report(
         status=status or ("error" if any(c.n_errors for c in cells) else "complete"),
         run=RunInfo(
             id="made",
-            started=stamp,
-            finished=stamp,
+            started=_STAMP,
+            finished=_STAMP,
             command=command,
             seed=0,
             device="cpu (1 threads)",
@@ -120,7 +165,7 @@ def report(
         encoders=tuple(
             EncoderInfo(
                 source=source,
-                sha256="a" * 64,
+                sha256=_weights(source),
                 parameters=10,
                 input_size=(16, 16),
                 mean=(0.5, 0.5, 0.5),
@@ -164,6 +209,11 @@ def store(run: Path, made: Report, rows: Sequence[Mapping[str, Any]] = ()) -> Pa
     write_report(made, run)
     pq.write_table(pa.Table.from_pylist([dict(r) for r in rows], schema=ROWS), run / "samples.parquet")
     return run
+
+
+def _weights(encoder: str) -> str:
+    """The digest of an encoder's weights: every source has its own; that of the default one is easy on the eye."""
+    return "a" * 64 if encoder == "toy:one" else hashlib.sha256(encoder.encode()).hexdigest()
 
 
 def _rate(hits: int, of: int) -> Measure:

@@ -81,7 +81,8 @@ class AdvEncoder(Fitted):
     epoch, so batch norm drifts); every image and patch is valid (the code clips neither, and clamps patches to the
     range of normalised pixels); the filter's radius is an eighth of the height, so 8 at 64 pixels; the pattern has
     the encoder's own size unless `resolution` says 64, as in the paper, which is then enlarged; a patch sits flush
-    with its corner where the code leaves a margin of 14 pixels. The paper's temperature is not stated: 0.1, as in
+    with its corner where the code leaves a margin of 14 pixels, and is the middle of what the generator makes, where
+    the code masks the whole of it at the patch's place. The paper's temperature is not stated: 0.1, as in
     the code. A batch is never larger than the surrogate set.
     """
 
@@ -128,6 +129,10 @@ class AdvEncoder(Fitted):
         if self.contrast is None and recipe.contrast == "tokens" and not view.encoder.layers:
             recipe = recipe._replace(contrast="cosine")
         batch = min(recipe.batch, len(view.surrogate))
+        if recipe.alpha and recipe.contrast in ("paper", "code") and batch < 2:
+            raise AttackError(
+                f"the {recipe.contrast} contrast compares the images of a batch: it needs two, not {batch}"
+            )
         steps = recipe.steps or max(1, math.ceil(recipe.epochs * len(view.surrogate) / batch))
         objective = _objective(view, recipe, temperature=self.temperature, layers=self.layers)
         if not recipe.generator:

@@ -23,6 +23,7 @@ from robustbench_x_attacks.universal.pattern import (
     clean_features,
     gradient_of,
     put_on,
+    step_places,
 )
 
 __all__ = ["DR", "FFF", "PAP", "SPECS", "SSP", "UAP"]
@@ -232,7 +233,8 @@ def _improve_on(view: FitView, images: Callable[[int], Tensor], loss: Callable[[
         del index
         with torch.enable_grad():
             variable = pattern.detach().requires_grad_(True)
-            found = loss(put_on(images(number), variable, view.threat), number)
+            worn = put_on(images(number), variable, view.threat, places=step_places(view, number))
+            found = loss(worn, number)
             (gradient,) = torch.autograd.grad(found.total, variable)
         return Ascent(-gradient, {name: term.detach() for name, term in found.terms.items()})
 

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustbench_x.errors import AttackError
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import FitView
-from robustbench_x_attacks.universal.pattern import Objective, pattern_shape, put_on, step_places, stored
+from robustbench_x_attacks.universal.pattern import (
+    Objective,
+    check_moved,
+    pattern_shape,
+    put_on,
+    step_places,
+    stored,
+)
 
 __all__ = ["Generator", "GeneratorTrainer", "bounded"]
 
@@ -110,6 +118,7 @@ class GeneratorTrainer:
         self._generator = generator.to(view.device).train()
         self._optimizer = torch.optim.Adam(self._generator.parameters(), lr=rate, betas=(0.5, 0.999))
         self._pattern = self._render()
+        self._moved = torch.tensor(False, device=view.device)
 
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         """See `Trainer`."""
@@ -120,6 +129,7 @@ class GeneratorTrainer:
             loss = self._objective(adversarial, clean, index, number)
             self._optimizer.zero_grad(set_to_none=True)
             loss.total.backward()  # type: ignore[no-untyped-call]
+            self._check_gradients(number)
             self._optimizer.step()
         # The released code keeps the pattern of the last iteration, from before its step.
         self._pattern = pattern.detach()
@@ -131,7 +141,7 @@ class GeneratorTrainer:
         for number, parameter in enumerate(self._generator.parameters()):
             for name, value in self._optimizer.state[parameter].items():
                 state[f"adam.{number}.{name}"] = torch.as_tensor(value)
-        return {**state, "pattern": self._pattern}
+        return {**state, "pattern": self._pattern, "moved": self._moved}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `Trainer`."""
@@ -146,10 +156,19 @@ class GeneratorTrainer:
                 for name, value in held.items()
             }
         self._pattern = state["pattern"].to(self._view.device)
+        self._moved = state["moved"].to(self._view.device, copy=True)
 
     def result(self) -> dict[str, Tensor]:
-        """See `Trainer`."""
+        """See `Trainer`; AttackError when no step had a gradient."""
+        check_moved(self._moved)
         return stored(self._pattern, self._view.threat)
+
+    def _check_gradients(self, number: int) -> None:
+        gradients = [p.grad for p in self._generator.parameters() if p.grad is not None]
+        largest = torch.stack([gradient.abs().amax() for gradient in gradients]).amax()
+        if not largest.isfinite():
+            raise AttackError(f"the gradient of step {number} holds NaN or infinity, so nothing can be learned from it")
+        self._moved |= largest > 0
 
     @torch.no_grad()
     def _render(self) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "Objective",
     "SignTrainer",
     "apply_artifact",
+    "check_moved",
     "clean_features",
     "clean_tokens",
     "gradient_of",
@@ -166,6 +167,16 @@ def gradient_of(view: FitView, objective: Objective) -> Improve:
     return improve
 
 
+def check_moved(moved: Tensor) -> None:
+    """Refuses a training in which no gradient was ever other than zero.
+
+    Raises:
+        AttackError: Nothing was learned.
+    """
+    if not moved:
+        raise AttackError("every gradient of the training was exactly zero, so nothing was learned")
+
+
 def step_places(view: FitView, number: int) -> torch.Generator | None:
     """Where a randomly placed patch sits in the images of one step; None where the place is fixed."""
     if view.threat.norm != "patch" or view.threat.placement != "random":
@@ -196,12 +207,16 @@ class SignTrainer:
         start = start if view.threat.norm == "patch" else view.threat.eps * (2 * start - 1)
         self._pattern = start.to(view.device)
         self._momentum = torch.zeros_like(self._pattern)
+        self._moved = torch.tensor(False, device=view.device)
 
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         """See `Trainer`."""
         ascent = self._improve(self._pattern, number, index)
+        if not ascent.direction.isfinite().all():
+            raise AttackError(f"the gradient of step {number} holds NaN or infinity, so nothing can be learned from it")
         # By its own size, and zero where it vanishes: dividing would turn it into NaN.
         mean = ascent.direction.abs().mean()
+        self._moved |= mean > 0
         unit = torch.where(mean > 0, ascent.direction / mean, torch.zeros_like(ascent.direction))
         self._momentum = _DECAY * self._momentum + unit
         size = self._size * 0.5 * (1 + math.cos(math.pi * number / self.steps))
@@ -212,13 +227,15 @@ class SignTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """See `Trainer`."""
-        return {"pattern": self._pattern, "momentum": self._momentum}
+        return {"pattern": self._pattern, "momentum": self._momentum, "moved": self._moved}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `Trainer`."""
         self._pattern = state["pattern"].to(self._view.device)
         self._momentum = state["momentum"].to(self._view.device)
+        self._moved = state["moved"].to(self._view.device, copy=True)
 
     def result(self) -> dict[str, Tensor]:
-        """See `Trainer`."""
+        """See `Trainer`; AttackError when no step had a gradient: the start must not pass for something learned."""
+        check_moved(self._moved)
         return stored(self._pattern, self._view.threat)

@@ -20,6 +20,8 @@ import fashion
 
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine import run_audit
+from robustbench_x.engine.artifacts import artifact_path
+from robustbench_x.result import read_report
 
 ENCODERS = ("packaged:efficientnet_lite0?size=96", "packaged:dinov2_vits14?size=98")
 FRACTAL = "fractal:classes=50,train=20,test=4,size=96"
@@ -50,14 +52,14 @@ def main() -> None:
         if part == "throughput":
             advencoder_throughput.measure(given.work / "throughput.json", device=given.device)
             continue
-        for name, config in configs(part, data, given.samples, given.device).items():
+        for name, config in configs(part, data, given.work, given.samples, given.device).items():
             print(f"{part}: {name}", flush=True)
             run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
     if given.write or not given.part:
         advencoder_page.write(given.page, given.work)
 
 
-def configs(part: str, data: Sequence[str], samples: int, device: str) -> dict[str, AuditConfig]:
+def configs(part: str, data: Sequence[str], work: Path, samples: int, device: str) -> dict[str, AuditConfig]:
     """The audits of one part, by name."""
 
     def audit(encoder: str, attacks: list[dict[str, Any]], **settings: Any) -> AuditConfig:
@@ -83,12 +85,23 @@ def configs(part: str, data: Sequence[str], samples: int, device: str) -> dict[s
         anywhere = audit(ENCODERS[0], [{"name": "advencoder"}], norm="patch", eps=0.03, placement="random")
         return {**fixed, f"{short[ENCODERS[0]]}-random": anywhere}
     if part == "transfer":
-        return {short[e]: audit(e, [{"name": "advencoder", "fit_encoder": other[e]}]) for e in ENCODERS}
+        fits = {e: fitted(work / "runs" / f"grid-{short[e]}-crops") for e in ENCODERS}
+        return {
+            short[e]: audit(e, [{"name": "advencoder", "fit_encoder": other[e], "artifact": fits[other[e]]}])
+            for e in ENCODERS
+        }
     sizes = {
         f"size-{count}": audit(ENCODERS[0], [{"name": "advencoder"}], surrogate_samples=count, data=data[1:])
         for count in (100, 1000, 10_000)
     }
     return {"terms": audit(ENCODERS[0], ablation(), data=data[1:]), **sizes}
+
+
+def fitted(run: Path) -> str:
+    """The artefact of the setting `best` that a run of the grid kept."""
+    cell = next(cell for cell in read_report(run).cells if cell.attack == "advencoder")
+    assert cell.fit is not None, "a fitted attack has an artefact"
+    return str(artifact_path(run, cell.fit))
 
 
 def universal(partner: str) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def test_what_does_not_belong_is_refused(made: Artifact) -> None:
         check(source="toy:b", sha256="1" * 64)
     with pytest.raises(SourceError, match="fitted for norm linf, but the budget here is patch"):
         check(norm="patch")
-    with pytest.raises(SourceError, match="fitted with setting=best, not paper; leave advencoder.setting out"):
+    with pytest.raises(SourceError, match=r"fitted with setting=best, not paper; leave advencoder.setting out"):
         check(setting="paper")
     with pytest.raises(SourceError, match="fitted by advencoder, not by uap"):
         check_artifact(made, where="x", spec=uap, attack=uap.build(), source="toy", sha256=own, norm="linf")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from robustbench_x.errors import BudgetError
+from robustbench_x.registry import load_registry
 from robustbench_x.testing import ToyVictim, make_view, toy_victim
+from robustbench_x.testing.toys import toy_job
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderView, Meter, Query, QueryView, WhiteboxView
 
@@ -62,7 +64,16 @@ def test_encoder_access_reaches_neither_head_nor_labels() -> None:
     view = make_view("encoder", victim, THREAT)
     assert _found(view, victim) == []
     assert {f.name for f in dataclasses.fields(view)} == {
-        "inputs", "threat", "random", "exhaustive", "encoder", "surrogate",
+        "inputs", "threat", "random", "exhaustive", "encoder", "surrogate", "artifact",
+    }  # fmt: skip
+
+
+def test_a_training_reaches_neither_head_nor_labels() -> None:
+    victim = toy_victim()
+    view = toy_job(load_registry().attacks["advencoder"], {}, victim, THREAT).view(Meter())
+    assert _found(view, victim) == []
+    assert {f.name for f in dataclasses.fields(view)} == {
+        "encoder", "surrogate", "threat", "seed", "device", "partners",
     }  # fmt: skip
 
 

@@ -181,11 +181,14 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
 def _retrieval_metrics(retrieval: Mapping[str, FloatArray], judged: BoolArray) -> dict[str, Interval]:
     """Means of average precision, and shares of queries whose first relevant item comes early enough."""
     sides = (("clean", "clean_"), ("adv", ""))
-    found = {f"{prefix}map@10": bounded_mean(retrieval[f"{side}_ap"][judged].tolist()) for side, prefix in sides}
-    for k in RECALLS:
-        for side, prefix in sides:
-            found[f"{prefix}recall@{k}"] = _share(retrieval[f"{side}_rank"] <= k, judged)
-    return found
+    found = {}
+    for side, prefix in sides:
+        precision, rank = retrieval[f"{side}_ap"][judged], retrieval[f"{side}_rank"]
+        measured = not np.isnan(precision).any() and not np.isnan(rank[judged]).any()
+        found[f"{prefix}map@10"] = bounded_mean(precision.tolist()) if measured else Interval()
+        for k in RECALLS:
+            found[f"{prefix}recall@{k}"] = _share(rank <= k, judged) if measured else Interval()
+    return {name: found[name] for name in METRICS if name in found}
 
 
 def worst_case(outcomes: Sequence[Outcome]) -> dict[str, Interval]:

@@ -144,7 +144,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _natural(text: str) -> tuple[int, int, str]:
-    return (0, int(text), "") if text.isdecimal() else (1, 0, text)
+    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
 def _load(sample: _Sample) -> PIL.Image.Image:

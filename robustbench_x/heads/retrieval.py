@@ -25,8 +25,8 @@ _TEMPERATURE = 0.07
 class RetrievalHead(nn.Module):
     """Features `(N, D)` to the best cosine of each class over the temperature, `(N, K)`.
 
-    Its prediction is the class of the item ranked first, so the classification metrics are those of rank 1, and
-    a white-box attack has a gradient toward every class.
+    Its prediction is the class of the item ranked first (of equally near items of several classes the lowest class), so
+    the classification metrics are those of rank 1, and a white-box attack has a gradient toward every class.
     """
 
     gallery: Tensor

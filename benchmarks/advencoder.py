@@ -34,13 +34,16 @@ SMALL = {"noises": 16, "width": 256, "batch": 16, "steps": 200}
 """The same with a generator a quarter as wide, for the patches."""
 SHORT = {**SMALL, "steps": 100}
 """And with half the steps, for the ablation."""
-PARTS = ("grid", "patch", "transfer", "ablation", "throughput")
+TOKENS = {"name": "advencoder", "label": "advencoder tokens", "contrast": "tokens"}
+"""One of the two trainings of the setting `best`, at the cost of every other attack."""
+PARTS = ("best", "grid", "patch", "transfer", "ablation", "throughput")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--only", action="append", help="runs of the parts by name; all by default")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--write", action="store_true", help="write the page from what is there")
@@ -53,6 +56,8 @@ def main() -> None:
             advencoder_throughput.measure(given.work / "throughput.json", device=given.device)
             continue
         for name, config in configs(part, data, given.work, given.samples, given.device).items():
+            if given.only and name not in given.only:
+                continue
             print(f"{part}: {name}", flush=True)
             run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
     if given.write or not given.part:
@@ -69,23 +74,25 @@ def configs(part: str, data: Sequence[str], work: Path, samples: int, device: st
 
     short = {encoder: encoder.partition(":")[2].partition("_")[0] for encoder in ENCODERS}
     other = dict(zip(ENCODERS, reversed(ENCODERS), strict=True))
-    if part == "grid":
+    if part in ("best", "grid"):
         runs = {}
         for encoder in ENCODERS:
-            runs[f"{short[encoder]}-crops"] = audit(encoder, universal(other[encoder]))
-            some = [{"name": "advencoder"}, {"name": "uap"}]
+            best = [{"name": "advencoder"}]
+            attacks = best if part == "best" else universal(other[encoder])
+            runs[f"{short[encoder]}-crops"] = audit(encoder, attacks)
+            some = best if part == "best" else [TOKENS, {"name": "uap"}]
             runs[f"{short[encoder]}-fractal"] = audit(encoder, some, surrogate=SURROGATE_FRACTAL)
         return runs
     if part == "patch":
-        attacks: list[dict[str, Any]] = [
+        patches: list[dict[str, Any]] = [
             {"name": "advencoder"},
             {"name": "advencoder", "label": "advencoder code", "setting": "code", **SMALL},
         ]
-        fixed = {short[e]: audit(e, attacks, norm="patch", eps=0.03) for e in ENCODERS}
+        fixed = {short[e]: audit(e, patches, norm="patch", eps=0.03) for e in ENCODERS}
         anywhere = audit(ENCODERS[0], [{"name": "advencoder"}], norm="patch", eps=0.03, placement="random")
         return {**fixed, f"{short[ENCODERS[0]]}-random": anywhere}
     if part == "transfer":
-        fits = {e: fitted(work / "runs" / f"grid-{short[e]}-crops") for e in ENCODERS}
+        fits = {e: fitted(work / "runs" / f"best-{short[e]}-crops") for e in ENCODERS}
         return {
             short[e]: audit(e, [{"name": "advencoder", "fit_encoder": other[e], "artifact": fits[other[e]]}])
             for e in ENCODERS
@@ -112,7 +119,7 @@ def universal(partner: str) -> list[dict[str, Any]]:
     ]
     pap = [{"name": "pap", "label": f"pap {variant}", "variant": variant} for variant in ("base", "fuse", "ugs")]
     plain = [{"name": name} for name in ("uap", "ssp", "dr", "fff")]
-    return [{"name": "advencoder"}, *settings, *plain, *pap, {"name": "xtransfer", "partners": [partner]}]
+    return [TOKENS, *settings, *plain, *pap, {"name": "xtransfer", "partners": [partner]}]
 
 
 def ablation() -> list[dict[str, Any]]:
@@ -120,11 +127,13 @@ def ablation() -> list[dict[str, Any]]:
     direct = {"generator": False, "batch": 16, "steps": 100}
     rows: dict[str, dict[str, Any]] = {
         "best": {},
-        "best + hfc": {"beta": 0.05},
+        "direct, tokens": {"contrast": "tokens"},
+        "direct, shallow": {"contrast": "shallow"},
+        "direct, tokens and hfc": {"contrast": "tokens", "beta": 0.05},
         "direct, cosine": {"contrast": "cosine"},
         "direct, paper's contrast": {"contrast": "paper"},
         "direct, code's contrast": {"contrast": "code"},
-        "generator, tokens": {"generator": True, **SHORT},
+        "generator, tokens": {"generator": True, "contrast": "tokens", **SHORT},
         "code": {"setting": "code", **SHORT},
         "code, no adv": {"setting": "code", "alpha": 0.0, **SHORT},
         "code, no hfc": {"setting": "code", "beta": 0.0, **SHORT},

@@ -26,7 +26,7 @@ QUICK: dict[str, dict[str, object]] = {
     "torchattacks:EADEN": {"steps": 10, "search_steps": 2},
     "torchattacks:CW": {"steps": 20},
     "torchattacks:Pixle": {"restarts": 5},
-    "advencoder": {"steps": 30},
+    "advencoder": {"steps": 20},
     **{name: {"steps": 30} for name in ("uap", "ssp", "dr", "fff", "pap")},
     "xtransfer": {"steps": 30, "partners": ["toy"]},
 }

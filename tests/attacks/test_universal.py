@@ -234,8 +234,34 @@ def _terms(params: dict[str, object]) -> list[float]:
 
 
 def test_training_drives_the_cosine_of_the_tokens_down() -> None:
-    seen = _terms({"steps": 60})
+    seen = _terms({"steps": 60, "contrast": "tokens"})
     assert 1 - seen[-1] > 3 * (1 - seen[0])
+
+
+def test_training_drives_the_distance_of_the_first_layer_up() -> None:
+    seen = _terms({"steps": 60, "contrast": "shallow"})
+    assert seen[-1] < seen[0] - 0.3
+
+
+@pytest.mark.parametrize("threat", [LINF, PATCH], ids=str)
+def test_the_setting_best_keeps_the_training_that_moves_the_features_most(threat: ThreatModel) -> None:
+    victim = toy_victim()
+    alone = {
+        c: fit_toy(ADVENCODER, {"steps": 20, "contrast": c}, victim, threat).tensors for c in ("tokens", "shallow")
+    }
+    best = fit_toy(ADVENCODER, {"steps": 20}, victim, threat).tensors
+    pool = toy_job(ADVENCODER, {}, victim, threat).view(Meter()).surrogate
+    images = pool.batch(torch.arange(len(pool)))
+    name = "patch" if threat.norm == "patch" else "delta"
+    with torch.no_grad():
+        clean = victim.encoder(images)
+        cosines = [
+            float(F.cosine_similarity(victim.encoder(put_on(images, tensors[name], threat)), clean, dim=1).mean())
+            for tensors in alone.values()
+        ]
+    torch.testing.assert_close(best["similarity"].tolist(), cosines, rtol=1e-5, atol=1e-6)
+    winner = list(alone.values())[cosines.index(min(cosines))]
+    assert torch.equal(best[name], winner[name])
 
 
 def test_training_the_generator_drives_the_contrast_down() -> None:
@@ -307,7 +333,7 @@ class _Answers:
     """An encoder as a training sees it, with features of our making."""
 
     layers: tuple[str, ...] = ()
-    input_size = (16, 16)
+    input_size = (16, 16)  # names no layers, so the setting best has the pooled features alone
 
     def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
         self.features = answer

@@ -26,7 +26,7 @@ from robustbench_x.views import EncoderView, FitView
 
 OTHER = "python:project:other"
 SURROGATE = "fractal:classes=4,train=6,test=1,size=32"
-QUICK: dict[str, Any] = {"name": "advencoder", "steps": 40}
+QUICK: dict[str, Any] = {"name": "advencoder", "steps": 40, "contrast": "tokens"}
 SETTINGS: dict[str, Any] = {"surrogate": SURROGATE, "surrogate_samples": 24, "eps": "16/255"}
 
 
@@ -41,7 +41,7 @@ def _fit(out: Path, *, encoder: str = TINY, norm: str = "linf", eps: float = 16 
         encoder=encoder,
         threat=ThreatModel(norm=norm, eps=eps),  # type: ignore[arg-type]
         out=out,
-        params={"steps": 40, **params},
+        params={"steps": 40, "contrast": "tokens", **params},
         surrogate=SURROGATE,
         samples=24,
         device="cpu",

@@ -20,7 +20,7 @@ THREAT = ThreatModel(eps=16 / 255)
 
 @pytest.fixture(scope="module")
 def made() -> Artifact:
-    return fit_toy(SPEC, {"steps": 3}, toy_victim(), THREAT)
+    return fit_toy(SPEC, {"steps": 3, "contrast": "tokens"}, toy_victim(), THREAT)
 
 
 def test_what_is_written_is_read(made: Artifact, tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ from robustbench_x.views import Meter
 THREATS = (ThreatModel(eps=16 / 255), ThreatModel(norm="patch", eps=0.1, placement="random"))
 GENERATOR: dict[str, Any] = {"setting": "code", "noises": 4, "width": 32, "batch": 8}
 ATTACKS = load_registry().attacks
-CASES = [(ATTACKS["advencoder"], GENERATOR), *((spec, {}) for spec in ATTACKS.values() if spec.fits)]
+CASES: list[tuple[AttackSpec, dict[str, Any]]] = [
+    (ATTACKS["advencoder"], GENERATOR),
+    *((spec, {}) for spec in ATTACKS.values() if spec.fits),
+]
 CASES.append((ATTACKS["pap"], {"variant": "ugs"}))
 CASES.append((ATTACKS["xtransfer"], {"partners": ["toy", "toy"]}))
 

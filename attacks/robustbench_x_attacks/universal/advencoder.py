@@ -16,6 +16,7 @@ from robustbench_x.views import EncoderView, FitView
 from robustbench_x_attacks.universal import terms
 from robustbench_x_attacks.universal.generator import Generator, GeneratorTrainer
 from robustbench_x_attacks.universal.pattern import (
+    BestOf,
     Loss,
     Objective,
     SignTrainer,
@@ -29,7 +30,9 @@ from robustbench_x_attacks.universal.pattern import (
 __all__ = ["SPEC", "AdvEncoder", "Recipe"]
 
 
-Contrast = Literal["paper", "code", "cosine", "tokens"]
+Contrast = Literal["paper", "code", "cosine", "tokens", "shallow"]
+CANDIDATES: tuple[Contrast, ...] = ("tokens", "shallow")
+"""What the setting best tries, deep and shallow; without layers, pooled features alone."""
 
 
 class Recipe(NamedTuple):
@@ -70,9 +73,11 @@ class AdvEncoder(Fitted):
     Settings:
         paper: L_adv with adversarial queries among clean keys, Euclidean norms, weights 1, 5, 1.
         code: the released code: clean queries among adversarial keys, mean squared errors, weights 5, 1, 1.
-        best: what our own ablation found strongest: the cosine of the tokens of four layers, alone, by sign steps on
-            the pattern itself, without a generator (docs/results/advencoder.md). Pooled features take the place of
-            tokens where an encoder names no layers.
+        best: what our own measurements found strongest (docs/results/advencoder.md). No generator: sign steps on the
+            pattern itself. Two patterns are trained, one against the cosine of the tokens of four layers, one for the
+            distance of the first layer's tokens, `steps` each; the one that turns the pooled features of the surrogate
+            images further away is kept. Which it is differs from encoder to encoder: ViTs fall to the shallow one.
+            Pooled features alone serve where an encoder names no layers, and a given `contrast` is trained alone.
 
     In `paper` and `code` a generator (fixed noise, DCGAN trunk, mixing convolution) makes the pattern; Adam with
     rate 2e-4, 20 epochs of batches of 256.
@@ -88,7 +93,7 @@ class AdvEncoder(Fitted):
 
     setting: Literal["best", "paper", "code"] = param("best", "best, paper or code: what every None below stands for")
     generator: bool | None = param(None, "a generator makes the pattern; else it is optimised directly")
-    contrast: Contrast | None = param(None, "adversarial term: paper, code, cosine (pooled features) or tokens")
+    contrast: Contrast | None = param(None, "paper, code, cosine (of pooled features), tokens or shallow")
     layers: int = param(4, "layers whose tokens the term tokens compares, spread evenly, the last included")
     measure: terms.Measure | None = param(None, "norm or mse, for the other two terms")
     alpha: float | None = param(None, "weight of the adversarial term")
@@ -126,21 +131,36 @@ class AdvEncoder(Fitted):
     def trainer(self, view: FitView) -> Trainer:
         """A training of the pattern; access `encoder`."""
         recipe = self.recipe
-        if self.contrast is None and recipe.contrast == "tokens" and not view.encoder.layers:
-            recipe = recipe._replace(contrast="cosine")
         batch = min(recipe.batch, len(view.surrogate))
         if recipe.alpha and recipe.contrast in ("paper", "code") and batch < 2:
             raise AttackError(
                 f"the {recipe.contrast} contrast compares the images of a batch: it needs two, not {batch}"
             )
         steps = recipe.steps or max(1, math.ceil(recipe.epochs * len(view.surrogate) / batch))
-        objective = _objective(view, recipe, temperature=self.temperature, layers=self.layers)
+        tried = self._tried(recipe, view)
+        objectives = [
+            _objective(view, recipe._replace(contrast=contrast), temperature=self.temperature, layers=self.layers)
+            for contrast in tried
+        ]
         if not recipe.generator:
-            return SignTrainer(view, gradient_of(view, objective), steps=steps, batch=batch, rate=recipe.rate)
+            trainers = [
+                SignTrainer(view, gradient_of(view, objective), steps=steps, batch=batch, rate=recipe.rate)
+                for objective in objectives
+            ]
+            return trainers[0] if len(trainers) == 1 else BestOf(view, dict(zip(tried, trainers, strict=True)))
+        objective = objectives[0]
         size = (self.resolution, self.resolution) if self.resolution else view.encoder.input_size
         seed = derive_seed(view.seed, "generator")
         made = Generator(size=size, noises=self.noises, width=self.width, seed=seed)
         return GeneratorTrainer(view, objective, made, steps=steps, batch=batch, rate=recipe.rate)
+
+    def _tried(self, recipe: Recipe, view: FitView) -> tuple[Contrast, ...]:
+        """The adversarial terms that are trained one after another."""
+        if self.contrast is not None or recipe.contrast != "tokens":
+            return (recipe.contrast,)
+        if not view.encoder.layers:
+            return ("cosine",)
+        return ("tokens",) if recipe.generator else CANDIDATES
 
     def run(self, view: EncoderView) -> Tensor:
         """Images with the learned pattern on; no pass through the encoder."""
@@ -181,6 +201,16 @@ def _push(view: FitView, contrast: Contrast, temperature: float, layers: int) ->
             return torch.stack([terms.cosine(pushed[name].spatial, k.to(view.device)) for name, k in pairs]).mean()
 
         return compare
+    if contrast == "shallow":
+        first = _spread(view, len(view.encoder.layers))[:1]
+
+        def lift(adversarial: Tensor, clean: Tensor, index: Tensor) -> Tensor:
+            del index
+            (kept,) = tokens_of(view, clean, first)
+            moved = (view.encoder.tokens(adversarial, first)[first[0]].spatial - kept).square()
+            return -moved.flatten(1).mean(dim=1).clamp(min=1e-12).log().mean()
+
+        return lift
     features = clean_features(view)
     forms = {"paper": terms.contrast_paper, "code": terms.contrast_code}
 
@@ -195,7 +225,7 @@ def _push(view: FitView, contrast: Contrast, temperature: float, layers: int) ->
 def _spread(view: FitView, count: int) -> tuple[str, ...]:
     """`count` layers spread evenly over the depth, the last included; all where there are fewer."""
     known = view.encoder.layers
-    if not known:
+    if not known or not count:
         raise AttackError("this encoder names no layers, so their tokens cannot be compared; use contrast=cosine")
     return tuple(dict.fromkeys(known[math.ceil(len(known) * k / count) - 1] for k in range(1, count + 1)))
 

@@ -15,6 +15,7 @@ from robustbench_x.views import EncoderView, FitView
 
 __all__ = [
     "Ascent",
+    "BestOf",
     "Improve",
     "Loss",
     "Objective",
@@ -239,3 +240,61 @@ class SignTrainer:
         """See `Trainer`; AttackError when no step had a gradient: the start must not pass for something learned."""
         check_moved(self._moved)
         return stored(self._pattern, self._view.threat)
+
+    @property
+    def pattern(self) -> Tensor:
+        """The pattern as it stands."""
+        return self._pattern
+
+
+@final
+class BestOf:
+    """Several trainings one after another; the pattern that does most to the surrogate images' features is kept.
+
+    The measure is the mean cosine similarity of clean and adversarial pooled features: all that an attacker with
+    the encoder can see of the damage.
+
+    Args:
+        view: What the trainings were handed.
+        trainers: By name, of equal batch size.
+    """
+
+    def __init__(self, view: FitView, trainers: Mapping[str, SignTrainer]) -> None:
+        self._view = view
+        self._trainers = dict(trainers)
+        self._each = next(iter(trainers.values())).steps
+        self.steps = self._each * len(trainers)
+        self.batch = next(iter(trainers.values())).batch
+
+    def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
+        """See `Trainer`; the terms carry the name of the training at work."""
+        name = list(self._trainers)[number // self._each]
+        terms = self._trainers[name].step(number % self._each, index)
+        return {f"{name} {term}": value for term, value in terms.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Trainer`."""
+        return {f"{name}.{key}": value for name, t in self._trainers.items() for key, value in t.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Trainer`."""
+        for name, trainer in self._trainers.items():
+            prefix = f"{name}."
+            trainer.restore({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Tensor]:
+        """See `Trainer`; `similarity` holds the measure of every training, in order: the lowest was kept."""
+        learned = {name: trainer.result() for name, trainer in self._trainers.items()}
+        clean = clean_features(self._view)
+        similarity = {name: self._similarity(trainer.pattern, clean) for name, trainer in self._trainers.items()}
+        kept = learned[min(similarity, key=lambda name: similarity[name])]
+        return {**kept, "similarity": torch.tensor(list(similarity.values()), dtype=torch.float64)}
+
+    def _similarity(self, pattern: Tensor, clean: Tensor) -> float:
+        view, total = self._view, 0.0
+        for chunk in torch.split(torch.arange(len(view.surrogate)), _CHUNK):
+            worn = put_on(view.surrogate.batch(chunk), pattern, view.threat, places=step_places(view, -1))
+            kept = clean[chunk.to(clean.device)]
+            total += float(F.cosine_similarity(view.encoder.features(worn), kept, dim=1).sum())
+        return total / len(view.surrogate)

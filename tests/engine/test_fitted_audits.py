@@ -122,7 +122,8 @@ def test_an_audit_takes_what_rbx_fit_wrote_and_gets_the_same_rows(images: Path, 
 def test_what_cannot_be_had_ends_the_audit(
     attack_changes: Mapping[str, Any], settings: Mapping[str, Any], message: str, images: Path, tmp_path: Path
 ) -> None:
-    config = audit_config(images, attacks=[{**QUICK, **attack_changes}], **{**SETTINGS, **settings})
+    entry = dict(attack_changes) if "name" in attack_changes else {**QUICK, **attack_changes}
+    config = audit_config(images, attacks=[entry], **{**SETTINGS, **settings})
     with pytest.raises(UsageError, match=message):
         run_audit(config, tmp_path / "out", registry=registry())
 

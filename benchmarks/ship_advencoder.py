@@ -20,9 +20,10 @@ def main() -> None:
         write_artifact(WEIGHTS / f"{stem}.safetensors", artifact)
         height, width = made.input_size
         losses = ", ".join(f"{term} {value:.4f}" for term, value in made.losses.items())
+        given = "".join(f" -p {name}={made.params[name]}" for name in ("contrast",) if made.params[name] is not None)
         command = (
             f"rbx fit advencoder -e '{made.encoder}' --surrogate {made.surrogate} --samples {made.surrogate_samples} "
-            f"--eps {format_eps(made.threat.eps)} --seed {made.seed} --out {stem}.safetensors"
+            f"--eps {format_eps(made.threat.eps)} --seed {made.seed}{given} --out {stem}.safetensors"
         )
         packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
         cost = f"{made.seconds:.0f} s on {made.device}, {made.forwards} forward, {made.backwards} backward"
@@ -33,7 +34,7 @@ robustness: load it with `-p advencoder.artifact=shipped`.
 
 | | |
 |---|---|
-| attack | {made.plugin}, setting {made.params["setting"]}, {made.threat.norm} {format_eps(made.threat.eps)} |
+| attack | {made.plugin}, setting {made.params["setting"]}{given}, {made.threat.norm} {format_eps(made.threat.eps)} |
 | encoder | `{made.encoder}`, sha256 {made.encoder_sha256}, {height} x {width} pixels |
 | training data | {made.surrogate_samples} images of `{made.surrogate}` (photographs of scikit-image, scikit-learn) |
 | command | `{command}` |

@@ -191,7 +191,7 @@ def _ablation(runs: dict[str, Report]) -> str:
     if report is None:
         return ""
     intro = (
-        "EfficientNet-Lite0, digits and fractals, 100 steps. Generators have 256 channels and 16 noises. `no hfc` and "
+        "EfficientNet-Lite0, digits, 100 steps. Generators have 256 channels and 16 noises. `no hfc` and "
         "so on set that term's weight to zero; `direct` optimises the pattern itself by sign steps."
     )
     return f"## Ablation\n\n{intro}\n\n{_flips(report.cells)}"
@@ -208,8 +208,8 @@ def _sizes(runs: dict[str, Report]) -> str:
     rows.sort(key=lambda row: int(row[0]))
     header = ("surrogate images", "mean flip rate", "fit")
     note = (
-        "The same 200 steps of 16 images; with 10,000 images most are seen once or never. The images are crops of "
-        "eleven photographs, so more of them is not much more variety."
+        "EfficientNet-Lite0, digits, `contrast=tokens`, 100 steps of 16 images; with 10,000 images most are never seen. "
+        "The images are crops of eleven photographs, so more of them is not much more variety."
     )
     return f"## Size of the surrogate set\n\n{note}\n\n{table(header, rows)}" if rows else ""
 

@@ -208,7 +208,7 @@ def _sizes(runs: dict[str, Report]) -> str:
     rows.sort(key=lambda row: int(row[0]))
     header = ("surrogate images", "mean flip rate", "fit")
     note = (
-        "EfficientNet-Lite0, digits, `contrast=tokens`, 100 steps of 16 images; with 10,000 images most are never seen. "
+        "EfficientNet-Lite0, digits, `contrast=tokens`, 100 steps of 16 images; with 10,000 most are never seen. "
         "The images are crops of eleven photographs, so more of them is not much more variety."
     )
     return f"## Size of the surrogate set\n\n{note}\n\n{table(header, rows)}" if rows else ""

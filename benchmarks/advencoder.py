@@ -139,10 +139,6 @@ def ablation() -> list[dict[str, Any]]:
         "code, no quality": {"setting": "code", "lam": 0.0, **SHORT},
         "code, direct": {"setting": "code", **direct},
         "paper": {"setting": "paper", **SHORT},
-        "paper, no adv": {"setting": "paper", "alpha": 0.0, **SHORT},
-        "paper, no hfc": {"setting": "paper", "beta": 0.0, **SHORT},
-        "paper, no quality": {"setting": "paper", "lam": 0.0, **SHORT},
-        "paper, direct": {"setting": "paper", **direct},
     }
     return [{"name": "advencoder", "label": label, "steps": 100, **params} for label, params in rows.items()]
 

@@ -21,7 +21,7 @@ from robustbench_x.views import Meter
 from robustbench_x_attacks.universal.generator import Generator
 
 BATCH, NOISES, EPS = 64, 16, 10 / 255
-SIZES = {"packaged:efficientnet_lite0?size=64": 64, "packaged:dinov2_vits14?size=98": 98}
+SIZES = {"packaged:efficientnet_lite0?size=64": 64}
 
 
 def measure(out: Path, *, device: str, rounds: int = 3, steps: int = 4) -> None:

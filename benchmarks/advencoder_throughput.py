@@ -13,7 +13,7 @@ from robustbench_x.data.dataset import draw_subset, open_dataset
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.run import resolve_device
-from robustbench_x.fitting.job import FitJob, make_pool
+from robustbench_x.fitting import FitJob, Ground, make_pool
 from robustbench_x.fitting.loop import batch_index
 from robustbench_x.registry import load_registry
 from robustbench_x.threat import ThreatModel
@@ -45,10 +45,10 @@ def _compare(source: str, device: torch.device, rounds: int, steps: int) -> dict
     trainers = {}
     for name, params in (("code", {"setting": "code", "noises": NOISES}), ("best", {})):
         attack = spec.build({**params, "batch": BATCH, "steps": 10_000})
-        job = FitJob(
-            spec=spec, attack=attack, encoder=encoder, pool=pool, threat=ThreatModel(eps=EPS), seed=0, device=device,
-            bf16=device.type == "cuda",
-        )  # fmt: skip
+        ground = Ground(
+            encoder=encoder, pool=pool, threat=ThreatModel(eps=EPS), seed=0, device=device, bf16=device.type == "cuda"
+        )
+        job = FitJob(spec=spec, attack=attack, ground=ground)
         trainers[name] = attack.trainer(job.view(Meter()))
     for number in range(rounds + 1):
         for name in seconds:

@@ -13,10 +13,10 @@ def register_builtins(registry: "Registry") -> None:
     # Here, not at module level: importing this module must stay free of torch and timm.
     from robustbench_x.data import folder, fractal, images, wds
     from robustbench_x.data import packaged as packaged_data
-    from robustbench_x.encoders import packaged, python_source, timm_source
+    from robustbench_x.encoders import hardened, packaged, python_source, timm_source
     from robustbench_x.heads.catalogue import HEADS
 
-    for encoder in (packaged.SOURCE, timm_source.SOURCE, python_source.SOURCE):
+    for encoder in (packaged.SOURCE, timm_source.SOURCE, python_source.SOURCE, hardened.make_source(registry)):
         registry.add_encoder(encoder)
     for data in (packaged_data.SOURCE, folder.SOURCE, fractal.SOURCE, images.SOURCE, wds.SOURCE):
         registry.add_data(data)

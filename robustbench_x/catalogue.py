@@ -6,7 +6,10 @@ from typing import Any
 from robustbench_x.data.dataset import DataSource
 from robustbench_x.encoders.source import EncoderSource
 from robustbench_x.errors import UnknownNameError
-from robustbench_x.plugin import AttackSpec, DefenseSpec
+from robustbench_x.hardening import HardeningSpec
+from robustbench_x.heads.base import HeadSpec
+from robustbench_x.heads.tuning.recipe import Recipe
+from robustbench_x.plugin import AttackSpec, DefenseSpec, Spec
 from robustbench_x.registry import Registry
 
 __all__ = ["catalogue", "describe_entry"]
@@ -17,9 +20,10 @@ def catalogue(registry: Registry) -> dict[str, list[dict[str, Any]]]:
     return {
         "attacks": [_attack(registry, spec) for spec in registry.attacks.values()],
         "defenses": [_defense(registry, spec) for spec in registry.defenses.values()],
+        "hardenings": [_hardening(registry, spec) for spec in registry.hardenings.values()],
         "encoders": [{**_source(s), "from": registry.encoders.origin(s.scheme)} for s in registry.encoders.values()],
         "heads": [
-            {"name": s.name, "from": registry.heads.origin(s.name), "summary": s.summary}
+            {"name": s.name, "installed": _installed(s), "from": registry.heads.origin(s.name), "summary": s.summary}
             for s in registry.heads.values()
         ],
         "data": [{**_source(s), "from": registry.data.origin(s.scheme)} for s in registry.data.values()],
@@ -38,9 +42,11 @@ def describe_entry(registry: Registry, name: str) -> dict[str, Any]:
     if name in registry.defenses:
         shield = registry.defenses[name]
         return {"kind": "defense", **_defense(registry, shield), **_parameters(shield)}
+    if name in registry.hardenings:
+        hardening = registry.hardenings[name]
+        return {"kind": "hardening", **_hardening(registry, hardening), **_parameters(hardening)}
     if name in registry.heads:
-        head = registry.heads[name]
-        return {"kind": "head", "name": head.name, "summary": head.summary, "settings": dict(head.settings or {})}
+        return {"kind": "head", **_head(registry, registry.heads[name])}
     scheme = name.partition(":")[0]
     found = [
         {"kind": kind, **_source(table[scheme])}
@@ -49,7 +55,7 @@ def describe_entry(registry: Registry, name: str) -> dict[str, Any]:
     ]
     if found:
         return {**found[0], "also": found[1]} if len(found) > 1 else found[0]
-    known = [*registry.attacks, *registry.defenses, *registry.heads]
+    known = [*registry.attacks, *registry.defenses, *registry.hardenings, *registry.heads]
     known += [f"{s}:{n}" for t in (registry.encoders, registry.data) for s in t for n in t[s].names]
     raise UnknownNameError("name", name, [*known, *registry.encoders, *registry.data])
 
@@ -91,6 +97,34 @@ def _defense(registry: Registry, spec: DefenseSpec) -> dict[str, Any]:
     }
 
 
-def _parameters(spec: AttackSpec | DefenseSpec) -> dict[str, Any]:
+def _hardening(registry: Registry, spec: HardeningSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "eps": spec.eps,
+        "inner": next(p.default for p in spec.params if p.name == "inner"),
+        "installed": not (spec.extra and spec.missing()),
+        "from": registry.hardenings.origin(spec.name),
+        "summary": spec.summary,
+        "source": spec.source,
+    }
+
+
+def _head(registry: Registry, spec: HeadSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "reads": "a tuned copy of the public encoder" if spec.tune else "",
+        "installed": _installed(spec),
+        "from": registry.heads.origin(spec.name),
+        "summary": spec.summary,
+        "settings": dict(spec.settings or {}),
+        "documentation": f"{spec.tune.documentation}\n\n{inspect.getdoc(Recipe)}" if spec.tune else "",
+    }
+
+
+def _installed(spec: HeadSpec) -> bool:
+    return spec.tune is None or spec.tune.installed
+
+
+def _parameters(spec: Spec) -> dict[str, Any]:
     params = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in spec.params]
     return {"params": params, "documentation": inspect.getdoc(spec.factory) or ""}

@@ -23,6 +23,7 @@ __all__ = [
     "load_config",
     "override",
     "parse_params",
+    "parse_value",
     "plugin_params",
 ]
 
@@ -217,7 +218,7 @@ def parse_params(assignments: Sequence[str], names: Sequence[str]) -> dict[str, 
             owner = left.rpartition(".")[0]
             raise ConfigError(f"-p {text}: this audit runs no '{owner}'; it runs {', '.join(names)}")
         owner = max(owners, key=len)
-        found.setdefault(owner, {})[left[len(owner) + 1 :]] = _value(value)
+        found.setdefault(owner, {})[left[len(owner) + 1 :]] = parse_value(value)
     return found
 
 
@@ -245,7 +246,8 @@ def _with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig
     return AuditConfig.model_validate(values)
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What `text` says as TOML where it is TOML (numbers, booleans, lists, quoted strings), else the text itself."""
     import tomllib
 
     try:

@@ -22,6 +22,7 @@ _OPTIONAL = (
     ("skimage", "scikit-image", "packaged", "packaged:crops"),
     ("sklearn", "scikit-learn", "packaged", "packaged:digits and packaged:crops"),
     ("torchattacks", "torchattacks", "torchattacks", "torchattacks:NAME"),
+    ("peft", "peft", "tuning", "head lora"),
 )
 
 

@@ -97,6 +97,7 @@ def make_plan(config: AuditConfig, registry: Registry) -> Plan:
 
     Raises:
         UnknownNameError: An attack, defence, head or source is not registered.
+        MissingExtraError: An attack, defence or head needs a package that is not installed.
         ConfigError: A parameter is wrong, an attack lacks the norm, or targets contradict each other.
     """
     attacks = [(entry, registry.attacks[entry.name]) for entry in with_noise(config.attack)]
@@ -134,7 +135,9 @@ def _pairs(config: AuditConfig, registry: Registry) -> Mapping[tuple[str, str], 
     pairs: dict[tuple[str, str], tuple[tuple[str, ...], int | None]] = {}
     for target in config.target:
         for name in target.head:
-            registry.heads[name.partition(":")[0]]
+            scheme = registry.heads[name.partition(":")[0]].tune
+            if scheme is not None:
+                scheme.require()
         for encoder in target.encoder:
             registry.encoders[encoder.partition(":")[0]]
             for data in target.data:

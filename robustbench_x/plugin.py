@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -23,8 +23,10 @@ __all__ = [
     "Fitted",
     "FittedAttack",
     "Param",
+    "Spec",
     "StandInDefense",
     "Trainer",
+    "check_common",
     "check_spec",
     "param",
 ]
@@ -121,8 +123,8 @@ class Fitted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Spec:
-    """What attacks and defences have in common: a name, a factory whose fields are the parameters, a source.
+class Spec:
+    """What every kind of plugin has in common: a name, a factory whose fields are the parameters, a source.
 
     `extra` is (package, extra) where the plugin needs an optional dependency, and `missing` says whether it
     is absent here.
@@ -175,7 +177,7 @@ class _Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackSpec(_Spec):
+class AttackSpec(Spec):
     """An attack as the registry knows it.
 
     Args:
@@ -206,7 +208,7 @@ class AttackSpec(_Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefenseSpec(_Spec):
+class DefenseSpec(Spec):
     """A defence as the registry knows it.
 
     Args:
@@ -230,29 +232,37 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
     Raises:
         PluginError: Bad name, unknown level, missing method, or parameters that cannot be introspected.
     """
-    kind = "attack" if isinstance(spec, AttackSpec) else "defence"
-    where = f"{kind} '{spec.name}'"
+    if isinstance(spec, AttackSpec):
+        where = f"attack '{spec.name}'"
+        check_common(where, spec, ("run", "trainer") if spec.fits else ("run",))
+        _check_choices(where, "access", (spec.access,), typing.get_args(Access))
+        _check_choices(where, "norms", spec.norms, typing.get_args(Norm))
+        _check_choices(where, "goal", (spec.goal,), ("untargeted", "targeted"))
+        if spec.fits and (spec.access != "encoder" or not issubclass(spec.factory, Fitted)):  # type: ignore[arg-type]
+            raise PluginError(f"{where}: an attack that is fitted has access encoder and derives from Fitted")
+        return
+    where = f"defence '{spec.name}'"
+    if spec.name == "noise":
+        raise PluginError(f"{where}: this name has a meaning of its own in reports; choose another")
+    check_common(where, spec, ("apply", "stand_in") if spec.gradient == "stand-in" else ("apply",))
+    _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
+    _check_choices(where, "gradient", (spec.gradient,), ("exact", "stand-in"))
+
+
+def check_common(where: str, spec: Spec, methods: Sequence[str]) -> None:
+    """Refuses what no kind of plugin may be; `where` opens the message, `methods` are what its factory must have.
+
+    Raises:
+        PluginError: Bad name, missing text or method, or parameters that cannot be introspected.
+    """
     if not spec.name or spec.name.split() != [spec.name]:
         raise PluginError(f"{where}: a name is one word without spaces")
-    if spec.name in ("none", "worst_case") or (spec.name == "noise" and kind == "defence"):
+    if spec.name in ("none", "worst_case"):
         raise PluginError(f"{where}: this name has a meaning of its own in reports; choose another")
     if not spec.summary or not spec.source:
         raise PluginError(f"{where}: summary and source must say something")
     if not isinstance(spec.factory, type) or not dataclasses.is_dataclass(spec.factory):
         raise PluginError(f"{where}: its factory must be a dataclass, so that its parameters can be listed and stored")
-    methods = ["run"] if isinstance(spec, AttackSpec) else ["apply"]
-    if isinstance(spec, AttackSpec):
-        _check_choices(where, "access", (spec.access,), typing.get_args(Access))
-        _check_choices(where, "norms", spec.norms, typing.get_args(Norm))
-        _check_choices(where, "goal", (spec.goal,), ("untargeted", "targeted"))
-        if spec.fits:
-            methods.append("trainer")
-            if spec.access != "encoder" or not issubclass(spec.factory, Fitted):
-                raise PluginError(f"{where}: an attack that is fitted has access encoder and derives from Fitted")
-    else:
-        _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
-        _check_choices(where, "gradient", (spec.gradient,), ("exact", "stand-in"))
-        methods += ["stand_in"] if spec.gradient == "stand-in" else []
     for method in methods:
         if not callable(getattr(spec.factory, method, None)):
             raise PluginError(f"{where}: {spec.factory!r} has no method {method}()")

@@ -1,4 +1,4 @@
-"""The catalogue of everything that can be named: attacks, defences, encoders, heads, data.
+"""The catalogue of everything that can be named: attacks, defences, hardenings, encoders, heads, data.
 
 First-party plugins come through the same entry points as anyone's. A plugin that fails stops the run, with
 its entry point and distribution named: a missing attack would otherwise look like robustness.
@@ -12,6 +12,7 @@ from typing import Generic, TypeVar, final
 from robustbench_x.data.dataset import DataSource
 from robustbench_x.encoders.source import EncoderSource
 from robustbench_x.errors import PluginError, UnknownNameError
+from robustbench_x.hardening import HardeningSpec, check_hardening
 from robustbench_x.heads.base import HeadSpec
 from robustbench_x.plugin import AttackSpec, DefenseSpec, check_spec
 
@@ -65,11 +66,12 @@ class Table(Mapping[str, T], Generic[T]):
 
 @final
 class Registry:
-    """Five tables. A plugin's `register(registry)` calls the `add_*` methods."""
+    """Six tables. A plugin's `register(registry)` calls the `add_*` methods."""
 
     def __init__(self) -> None:
         self.attacks: Table[AttackSpec] = Table("attack")
         self.defenses: Table[DefenseSpec] = Table("defense")
+        self.hardenings: Table[HardeningSpec] = Table("hardening")
         self.encoders: Table[EncoderSource] = Table("encoder source")
         self.heads: Table[HeadSpec] = Table("head")
         self.data: Table[DataSource] = Table("data source")
@@ -79,6 +81,8 @@ class Registry:
         """Registers an attack; PluginError when it is malformed or its name is taken."""
         _check_type("add_attack", spec, AttackSpec)
         check_spec(spec)
+        if spec.name in self.hardenings:
+            raise PluginError(f"attack '{spec.name}': a hardening has this name already; choose another")
         self.attacks.add(spec.name, spec, origin=self._origin)
 
     def add_defense(self, spec: DefenseSpec) -> None:
@@ -86,6 +90,12 @@ class Registry:
         _check_type("add_defense", spec, DefenseSpec)
         check_spec(spec)
         self.defenses.add(spec.name, spec, origin=self._origin)
+
+    def add_hardening(self, spec: HardeningSpec) -> None:
+        """Registers a hardening; PluginError when it is malformed or its name is taken, by an attack too."""
+        _check_type("add_hardening", spec, HardeningSpec)
+        check_hardening(spec, self.attacks)
+        self.hardenings.add(spec.name, spec, origin=self._origin)
 
     def add_encoder(self, source: EncoderSource) -> None:
         """Registers a scheme that encoders load by; PluginError when it is malformed or taken."""

@@ -20,6 +20,7 @@ __all__ = [
     "FitInfo",
     "GateVerdict",
     "HeadInfo",
+    "InnerAttack",
     "Level",
     "Measure",
     "Provenance",
@@ -80,11 +81,20 @@ class Flag(_Stored):
     message: str
 
 
+class InnerAttack(_Stored):
+    """The attack whose images an encoder was hardened on; `artifact_sha256` is of what it had learned before."""
+
+    name: str
+    params: dict[str, Any]
+    artifact_sha256: str = ""
+
+
 class Provenance(_Stored):
     """How an artefact was trained: on what, with what, for how long, to which losses.
 
     `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step; `key`
-    digests everything that decides the training, the code of its plugins included.
+    digests everything that decides the training, the code of its plugins included. `inner` tells a hardened encoder
+    from what an attack learned.
     """
 
     plugin: str
@@ -112,17 +122,48 @@ class Provenance(_Stored):
     created: str
     packages: dict[str, str]
     key: str = ""
+    inner: InnerAttack | None = None
+
+
+class LayerDamage(_Stored):
+    """What attacking one layer alone did to surrogate images, as mean cosine distances in [0, 2].
+
+    `vulnerability` is how far the tokens of all layers turned on average, `own` how far the layer's own did, `features`
+    how far the pooled features; `chosen` layers are the ones that the attack goes for.
+    """
+
+    layer: str
+    vulnerability: float
+    own: float
+    features: float
+    chosen: bool
 
 
 class FitInfo(Provenance):
     """The artefact a cell was attacked with; `origin` says where it came from: this run's fit, a file, or shipped.
 
-    `downstream_images` counts the evaluated images that were among the surrogate ones.
+    `downstream_images` counts the evaluated images that were among the surrogate ones; `layers` is the artefact's layer
+    map, where it holds one.
     """
 
     sha256: str
     origin: str
     downstream_images: int = 0
+    layers: tuple[LayerDamage, ...] = ()
+
+
+class LayerMapInfo(_Stored):
+    """Which layers of an encoder are vulnerable, as one attack measured it at one budget, shallow to deep.
+
+    Measured by the attack on unlabelled surrogate images, through the defence where it knows one.
+    """
+
+    attack: str
+    threat: Threat
+    defense: str
+    knowledge: str
+    surrogate: str
+    layers: tuple[LayerDamage, ...]
 
 
 class Collapse(_Stored):
@@ -186,7 +227,7 @@ class HeadInfo(_Stored):
 
 
 class EncoderInfo(_Stored):
-    """Which weights were audited."""
+    """Which weights were audited; `layer_vulnerability` holds the layer maps that attacks made of them."""
 
     source: str
     sha256: str
@@ -196,6 +237,7 @@ class EncoderInfo(_Stored):
     std: tuple[float, ...]
     license: str
     notes: tuple[str, ...] = ()
+    layer_vulnerability: tuple[LayerMapInfo, ...] = ()
 
 
 class DataInfo(_Stored):

@@ -43,7 +43,7 @@ class Shield:
 
 @dataclass(frozen=True, kw_only=True)
 class DefendedEncoder:
-    """What is deployed in front of every head: an optional defence, then the encoder."""
+    """What is deployed in front of a head: an optional defence, then the encoder that the head reads."""
 
     encoder: Encoder
     shield: Shield | None = None
@@ -72,7 +72,8 @@ class DefendedEncoder:
         return features
 
     def logits(self, images: Tensor, head: FittedHead) -> Tensor:
-        """Logits `(N, K)` float32, as deployed."""
+        """Logits `(N, K)` float32, as deployed; `head` must read this encoder, a tuned one its own."""
+        assert head.encoder is None or head.encoder is self.encoder, f"head {head.name} reads an encoder of its own"
         return head(self.features(images))  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 
 from robustbench_x.encoders.encoder import Encoder, Tokens
 from robustbench_x.errors import BudgetError
@@ -54,6 +55,13 @@ class Meter:
             output.register_hook(lambda gradient: self._count_backward(batch))  # type: ignore[no-untyped-call]
         return output
 
+    def count_any(self, outputs: Sequence[Tensor], batch: int) -> None:
+        """Counts one forward of `batch` images, and a backward each time one gives a gradient to any of `outputs`."""
+        self.forwards += batch
+        carrying = [output for output in outputs if output.requires_grad]
+        if carrying:
+            register_multi_grad_hook(carrying, lambda gradient: self._count_backward(batch), mode="any")
+
     def _count_backward(self, batch: int) -> None:
         self.backwards += batch
 
@@ -91,6 +99,11 @@ class EncoderHandle:
         return self._encoder.layers
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Further names for `tokens`: the attention and the MLP inside a layer, as `LAYER.attn` and `LAYER.mlp`."""
+        return self._encoder.parts
+
+    @property
     def feature_dim(self) -> int:
         """Width D of the pooled features."""
         return self._encoder.feature_dim
@@ -115,8 +128,7 @@ class EncoderHandle:
         """Tokens of the named layers (see `Encoder.tokens`); the meter counts one pass, shallow or not."""
         with _autocast(images, self._bf16):
             tokens = self._encoder.tokens(self._perceive(images), layers)
-        deepest = max(layers, key=self.layers.index)
-        self._meter.count(tokens[deepest].spatial, len(images))
+        self._meter.count_any([t for found in tokens.values() for t in found if t is not None], len(images))
         return tokens
 
 

@@ -75,6 +75,7 @@ def ascend(
     restarts: int = 1,
     draws: int = 1,
     best: "Best | None" = None,
+    start: Tensor | None = None,
 ) -> "Best":
     """Runs the loop over the whole batch and returns the best images found.
 
@@ -87,6 +88,7 @@ def ascend(
         restarts: Independent walks; the best survives.
         draws: Passes averaged per step, for a victim that draws anew each time (EOT, Athalye et al. 2018).
         best: Continues from an earlier result: fooled samples are skipped unless the view is exhaustive.
+        start: Where the first walk starts, inside the budget, in place of the clean or a random point.
     """
     best = best or Best(view.inputs)
     if view.threat.radius == 0:
@@ -96,8 +98,11 @@ def ascend(
         if not len(index):
             break
         inputs = view.inputs[index]
-        start = view.threat.start(inputs, view.random, index) if random_start or restart else inputs.clone()
-        walk = Walk(threat=view.threat, index=index, inputs=inputs, images=start, previous=start)
+        if start is not None and not restart:
+            first = start[index].clone()
+        else:
+            first = view.threat.start(inputs, view.random, index) if random_start or restart else inputs.clone()
+        walk = Walk(threat=view.threat, index=index, inputs=inputs, images=first, previous=first)
         _walk(view, walk, objective, rule, steps, draws, best, judge_last=restarts > 1)
     return best
 

@@ -1,4 +1,4 @@
-"""First-party defences, registered through the same entry point as anyone's."""
+"""First-party defences and hardenings, registered through the same entry point as anyone's."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,9 @@ __all__ = ["register"]
 
 
 def register(registry: "Registry") -> None:
-    """Adds every defence of this package to `registry`."""
-    from robustbench_x_defenses import jpeg
+    """Adds every defence and hardening of this package to `registry`."""
+    from robustbench_x_defenses import hardening, jpeg
 
     registry.add_defense(jpeg.SPEC)
+    for spec in hardening.specs():
+        registry.add_hardening(spec)

@@ -13,6 +13,7 @@ class Kind(StrEnum):
 
     attacks = "attacks"
     defenses = "defenses"
+    hardenings = "hardenings"
     encoders = "encoders"
     heads = "heads"
     data = "data"
@@ -22,7 +23,7 @@ def list_(
     kind: Annotated[Kind | None, typer.Argument(help="One kind; without it, all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List everything that is installed: attacks, defences, encoders, heads, data."""
+    """List everything that is installed: attacks, defences, hardenings, encoders, heads, data."""
     from robustbench_x.catalogue import catalogue
     from robustbench_x.registry import load_registry
 
@@ -50,7 +51,7 @@ def list_(
 
 
 def describe(
-    name: Annotated[str, typer.Argument(help="Name of an attack, defence, head, encoder or data source.")],
+    name: Annotated[str, typer.Argument(help="Name of an attack, defence, hardening, head, encoder or data source.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe one entry: what it does, what it may see, its parameters, its source."""
@@ -75,6 +76,7 @@ def describe(
 _COLUMNS = {
     "attacks": ("name", "access", "norms", "summary"),
     "defenses": ("name", "knowledge", "summary"),
+    "hardenings": ("name", "inner", "summary"),
     "encoders": ("usage", "names", "summary"),
     "heads": ("name", "summary"),
     "data": ("usage", "names", "summary"),

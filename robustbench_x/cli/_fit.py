@@ -1,4 +1,4 @@
-"""`rbx fit`: train what an attack learns, into an artefact with its provenance."""
+"""`rbx fit`: train what an attack learns, or harden an encoder, into an artefact with its provenance."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +9,15 @@ __all__ = ["fit"]
 
 
 def fit(
-    plugin: Annotated[str, typer.Argument(help="An attack that is trained first, such as advencoder.")],
-    encoder: Annotated[str, typer.Option("--encoder", "-e", help="Encoder source it is trained on.")],
+    plugin: Annotated[str, typer.Argument(help="An attack that is trained first (advencoder), or a hardening (fare).")],
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="Encoder source: trained on, or hardened.")],
     out: Annotated[Path, typer.Option(help="The artefact to write, a .safetensors file.")],
     surrogate: Annotated[str | None, typer.Option(help="Unlabelled images; default packaged:crops.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Surrogate images drawn by the seed.")] = 256,
-    norm: Annotated[str, typer.Option(help="linf or patch.")] = "linf",
-    eps: Annotated[str | None, typer.Option(help="Budget; default 10/255, or 0.03 of the area for a patch.")] = None,
+    norm: Annotated[str, typer.Option(help="linf or patch; l2 for a hardening whose attack has it.")] = "linf",
+    eps: Annotated[
+        str | None, typer.Option(help="Budget; default 10/255, a hardening's own, or 0.03 of the area for a patch.")
+    ] = None,
     placement: Annotated[str, typer.Option(help="Where a patch sits: a corner, center or random.")] = "bottom-right",
     seed: Annotated[int, typer.Option(help="Decides images, start and batches.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
@@ -26,15 +28,18 @@ def fit(
         bool, typer.Option("--allow-pickle", help="Let checkpoints run code while loading. Only files you trust.")
     ] = False,
 ) -> None:
-    """Train what an attack learns on one encoder: a universal perturbation or patch."""
-    from robustbench_x.cli._training import run_fit, threat_from
+    """Train what an attack learns on one encoder, or harden the encoder itself on an attack's images.
+
+    rbx audit takes the first as -p ATTACK.artifact=FILE, the second as -e hardened:FILE.
+    """
+    from robustbench_x.cli._training import fit_threat, run_fit
     from robustbench_x.config import plugin_params
     from robustbench_x.engine.fit import FitRequest
 
     request = FitRequest(
         plugin=plugin,
         encoder=encoder,
-        threat=threat_from(norm, eps, placement),
+        threat=fit_threat(plugin, norm, eps, placement),
         out=out,
         params=plugin_params(param or [], plugin),
         surrogate=surrogate,

@@ -13,7 +13,7 @@ from robustbench_x.report.inert import plain
 from robustbench_x.report.words import count
 from robustbench_x.threat import ThreatModel
 
-__all__ = ["run_craft", "run_fit", "threat_from"]
+__all__ = ["fit_threat", "run_craft", "run_fit", "threat_from"]
 
 _BUDGETS = {"linf": "10/255", "patch": "0.03"}
 _INCOMPLETE = 3
@@ -31,6 +31,14 @@ def threat_from(norm: str, eps: str | None, placement: str) -> ThreatModel:
     return ThreatModel(norm=norm, eps=value, placement=placement)  # type: ignore[arg-type]  # checked there
 
 
+def fit_threat(plugin: str, norm: str, eps: str | None, placement: str) -> ThreatModel:
+    """`threat_from`, with the linf budget of the hardening where `plugin` is one."""
+    hardenings = load_registry().hardenings
+    if eps is None and norm == "linf" and plugin in hardenings:
+        eps = hardenings[plugin].eps
+    return threat_from(norm, eps, placement)
+
+
 def run_fit(request: FitRequest) -> None:
     """Trains with a progress bar and says what came of it."""
     with progress_on(Console(stderr=True), opening=f"{request.plugin} into {request.out}") as progress:
@@ -42,6 +50,7 @@ def run_fit(request: FitRequest) -> None:
         f"{made.plugin} on {made.encoder}, {made.threat.norm} {format_eps(made.threat.eps)}: {made.steps} steps on "
         f"{count(made.surrogate_samples, 'image')} of {made.surrogate} in {made.seconds:.0f} s ({found.origin}); "
         f"{losses}",
+        *([] if made.inner is None else [f"audit it: rbx audit -e hardened:{request.out}"]),
     )
     for line in lines:
         Console().print(Text(plain(line, 500)), soft_wrap=True)

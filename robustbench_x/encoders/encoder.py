@@ -136,6 +136,12 @@ class Encoder(nn.Module):
         return self._net.layers
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Further names for `tokens`: the attention and the MLP inside a layer, as `LAYER.attn` and `LAYER.mlp`."""
+        parts: tuple[str, ...] = getattr(self.backbone, "parts", ())
+        return parts
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights in the backbone."""
         return sum(p.numel() for p in self.parameters())
@@ -153,12 +159,12 @@ class Encoder(nn.Module):
 
         Args:
             images: `(N, 3, H, W)` in [0, 1].
-            layers: Names from `layers`.
+            layers: Names from `layers` and `parts`.
 
         Raises:
             SourceError: A name is not a layer of this encoder.
         """
-        unknown = [name for name in layers if name not in self.layers]
+        unknown = [name for name in layers if name not in (*self.layers, *self.parts)]
         if unknown:
             known = ", ".join(self.layers) or "none: this encoder names no layers"
             raise SourceError(f"{self.source} has no layer {', '.join(unknown)}; it has {known}")

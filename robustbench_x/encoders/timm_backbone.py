@@ -2,7 +2,8 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
 import torch
@@ -14,13 +15,16 @@ from robustbench_x.errors import SourceError
 
 __all__ = ["SplitClassifier", "TimmBackbone", "imagenet_aliases", "split_classifier"]
 
+_PARTS = ("attn", "mlp")
+
 
 @final
 class TimmBackbone(nn.Module):
     """A timm model behind the `Backbone` protocol.
 
     A layer carries the name of the module that computes it (`blocks.3`, `stages.1`), checked once on a
-    random image; a stage whose output is no module's is called `stage.K`.
+    random image; a stage whose output is no module's is called `stage.K`. `parts` are the attention and the MLP
+    inside a transformer block (`blocks.3.attn`, `blocks.3.mlp`): what each adds to the tokens that pass by.
 
     Args:
         model: Without its classifier, see `split_classifier`.
@@ -35,6 +39,7 @@ class TimmBackbone(nn.Module):
         self.model = model.eval().to(memory_format=self._layout)
         self._prefix: dict[str, bool] = {}
         self.layers: tuple[str, ...] = ()
+        self.parts: tuple[str, ...] = ()
         intermediates: Any = getattr(model, "forward_intermediates", None)
         if intermediates is not None:
             takes = inspect.signature(intermediates).parameters
@@ -42,6 +47,7 @@ class TimmBackbone(nn.Module):
             asks = "return_prefix_tokens" in takes and getattr(model, "num_prefix_tokens", 1) > 0
             self._prefix = {"return_prefix_tokens": True} if asks else {}
             self.layers = self._named_layers(size)
+            self.parts = self._named_parts(size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Same as `pooled`."""
@@ -52,10 +58,29 @@ class TimmBackbone(nn.Module):
         return _pooled(self.model, images.contiguous(memory_format=self._layout))
 
     def tokens(self, images: Tensor, layers: Sequence[str]) -> list[Tokens]:
-        """Tokens of `layers` before any final norm; stages deeper than the deepest are not run."""
-        wanted = sorted({self.layers.index(name) for name in layers})  # timm returns them by depth
-        found = dict(zip(wanted, self._intermediates(images, wanted), strict=True))
-        return [found[self.layers.index(name)] for name in layers]
+        """Tokens of `layers` or `parts` before any final norm; stages deeper than the deepest are not run."""
+        owners = {name: name.rpartition(".")[0] if name in self.parts else name for name in layers}
+        wanted = sorted({self.layers.index(owner) for owner in owners.values()})  # timm returns them by depth
+        with self._caught([name for name in layers if name in self.parts]) as caught:
+            found = dict(zip(wanted, self._intermediates(images, wanted), strict=True))
+        stages = {name: found[self.layers.index(owner)] for name, owner in owners.items()}
+        return [_like(caught[name], stages[name]) if name in self.parts else stages[name] for name in layers]
+
+    @contextmanager
+    def _caught(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What the modules called `names` return while this is open."""
+        outputs: dict[str, Tensor] = {}
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda _module, _args, out, name=name: outputs.update({name: out})
+            )
+            for name in names
+        ]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _intermediates(self, images: Tensor, indices: list[int] | None) -> list[Tokens]:
         net: Any = self.model
@@ -75,23 +100,25 @@ class TimmBackbone(nn.Module):
         modules = dict(self.model.named_modules())
         info: Any = getattr(self.model, "feature_info", [])
         names = [str(entry["module"]) for entry in getattr(info, "info", info)]
-        outputs: dict[str, object] = {}
-        hooks = [
-            modules[name].register_forward_hook(lambda _module, _args, out, name=name: outputs.update({name: out}))
-            for name in names
-            if name in modules
-        ]
-        try:
+        with self._caught([name for name in names if name in modules]) as outputs:
             stages = self._intermediates(_probe(size), None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         names += [""] * (len(stages) - len(names))
         agreed = [
             name if _agrees(outputs.get(name), stage.spatial) else f"stage.{i}"
             for i, (name, stage) in enumerate(zip(names, stages, strict=False))
         ]
         return tuple(agreed) if len(set(agreed)) == len(agreed) else tuple(f"stage.{i}" for i in range(len(stages)))
+
+    @torch.no_grad()
+    def _named_parts(self, size: tuple[int, int]) -> tuple[str, ...]:
+        """Children of layers called `attn` and `mlp` whose output is tokens in the layer's own arrangement."""
+        modules = dict(self.model.named_modules())
+        names = [f"{layer}.{part}" for layer in self.layers for part in _PARTS if f"{layer}.{part}" in modules]
+        if not names:
+            return ()
+        with self._caught(names) as caught:
+            stages = dict(zip(self.layers, self._intermediates(_probe(size), None), strict=True))
+        return tuple(name for name in names if _fits(caught.get(name), stages[name.rpartition(".")[0]]))
 
 
 class SplitClassifier(NamedTuple):
@@ -169,6 +196,20 @@ def _pooled(model: nn.Module, images: Tensor) -> Tensor:
 
 def _probe(size: tuple[int, int]) -> Tensor:
     return torch.randn((1, 3, *size), generator=torch.Generator().manual_seed(0))
+
+
+def _fits(output: object, stage: Tokens) -> bool:
+    """Whether a part's output is a token for each of the layer's, prefix first."""
+    prefix = 0 if stage.prefix is None else stage.prefix.shape[1]
+    return isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] == prefix + stage.spatial.shape[1]
+
+
+def _like(output: Tensor, stage: Tokens) -> Tokens:
+    """A part's output, split as the layer's tokens are."""
+    if stage.prefix is None:
+        return Tokens(output, None)
+    count = stage.prefix.shape[1]
+    return Tokens(output[:, count:], output[:, :count])
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, final
 
 from robustbench_x.config import AuditConfig
+from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.engine.supply import Perceived, Supply
-from robustbench_x.errors import RunError, SourceError
+from robustbench_x.errors import RunError, SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact, read_artifact, write_artifact
+from robustbench_x.fitting.layer_map import read_layers
 from robustbench_x.plan import Craft
 from robustbench_x.plugin import AttackSpec, FittedAttack
-from robustbench_x.result import FitInfo
+from robustbench_x.result import FitInfo, LayerDamage
 from robustbench_x.store import RunFolder
 
 __all__ = ["Artifacts", "artifact_path", "note_of"]
@@ -76,8 +78,12 @@ class Artifacts:
             spec, attack, stage.encoder, craft.threat, self._perceived(stage, craft), seal=stage.seal
         )
         judged = (digest for number in range(stage.num_batches) for digest in stage.batch(number).digests)
+        encoder = self.supply.fitted_on(attack, stage.encoder)
         info = found.artifact.info(found.origin).model_copy(
-            update={"downstream_images": self._seen_before(stage, attack, judged)}
+            update={
+                "downstream_images": self._seen_before(stage, attack, judged),
+                "layers": self._layers(craft, attack, found.artifact, encoder),
+            }
         )
         path = artifact_path(self.folder.path, info)
         if not path.exists():
@@ -111,6 +117,16 @@ class Artifacts:
                 f"{self.folder.path}: what {craft.attack.title} learned from ({what}) changed since this audit was "
                 f"{when}; name another --out, or start over with --no-resume"
             )
+
+    def _layers(
+        self, craft: Craft, attack: FittedAttack[Any], artifact: Artifact, encoder: Encoder
+    ) -> tuple[LayerDamage, ...]:
+        """The artefact's layer map; a broken one is the file's fault, or the plugin's that trained it."""
+        try:
+            return read_layers(artifact.tensors, (*encoder.layers, *encoder.parts))
+        except SourceError as error:
+            fault = SourceError if attack.artifact else SampleError
+            raise fault(f"what {craft.attack.title} learned cannot be used: {error}") from error
 
     def _perceived(self, stage: StageAtWork, craft: Craft) -> Perceived:
         if craft.knowledge not in ("bpda", "full"):

@@ -87,9 +87,11 @@ def craft_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, config: Aud
     made = _make(stage, work, batch, part, seeds, config)
     if isinstance(made, str):
         return rows + _failed(stage, work, batch, part, made)
-    for shield in dict.fromkeys(cell.defense for cell in work.craft.cells):
-        cells = [cell for cell in work.craft.cells if cell.defense == shield]
-        rows += _judge(stage, shield, cells, batch, part, made, seeds)
+    alike: dict[tuple[str, str], list[Cell]] = {}
+    for cell in work.craft.cells:
+        alike.setdefault((cell.defense, stage.reader(cell.head)), []).append(cell)
+    for cells in alike.values():
+        rows += _judge(stage, cells, batch, part, made, seeds)
     return rows
 
 
@@ -100,9 +102,9 @@ def failed_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slic
 
 
 def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceive:
-    """Pixels to what the attacker's gradients run through: logits of `head`, or features when it has none."""
+    """Pixels to what the attacker's gradients run through: logits of `head`, or public features when it has none."""
     through = perceive(stage.shields[craft.seen], craft.knowledge)
-    encoder = stage.encoder
+    encoder = stage.body(head)
     if head is None:
         return lambda images: encoder(through(images))
     top = stage.heads[head]
@@ -205,7 +207,7 @@ def _view(
     if access == "whitebox":
         sees = attacker_sees(stage, craft, craft.head)
         return WhiteboxView(**shared, model=ModelHandle(sees, meter, bf16=bf16, stochastic=stochastic))
-    deployed = stage.defended(craft.seen)
+    deployed = stage.defended(craft.seen, craft.head)
     cap = None if config.query_cap is None else config.query_cap * len(rows)
     query = Query(
         lambda images: deployed.logits(images, head),
@@ -217,15 +219,16 @@ def _view(
 
 
 def _judge(
-    stage: StageAtWork, shield: str, cells: list[Cell], batch: Batch, part: slice, made: _Made, seeds: list[int]
+    stage: StageAtWork, cells: list[Cell], batch: Batch, part: slice, made: _Made, seeds: list[int]
 ) -> list[Row]:
-    """Rows of every cell behind one defence, from one pass over the images and one over their 8-bit versions."""
+    """Rows of cells of one defence and one encoder, from one pass over the images and one over their 8-bit versions."""
+    shield, head = cells[0].defense, cells[0].head
     inputs, images = batch.images[part], made.admitted.images
     count = len(inputs)
     try:
-        clean = stage.clean(shield, batch, part=part)
+        clean = stage.clean(shield, head, batch, part=part)
         seed = derive_seed(stage.seed, "adversarial", *seeds)
-        victim = stage.defended(shield)
+        victim = stage.defended(shield, head)
         adversarial = read_features(images, victim, draws=stage.judge_draws, seed=seed)
         levels = cells[0].threat.quantize(images, inputs)
         rounded = read_features(levels, victim, draws=stage.judge_draws, seed=seed)

@@ -16,6 +16,7 @@ from robustbench_x.config import AuditConfig
 from robustbench_x.diagnose import CellRecord
 from robustbench_x.engine.artifacts import note_of
 from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_result, worst_cases
+from robustbench_x.engine.layer_maps import with_layer_maps
 from robustbench_x.findings import finding
 from robustbench_x.numbers import format_eps
 from robustbench_x.plan import Plan, with_noise
@@ -116,7 +117,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         status="error" if any(cell.n_errors for cell in cells) else "complete",
         run=run,
         config=config.replay(),
-        encoders=evidence.encoders,
+        encoders=tuple(with_layer_maps(info, cells) for info in evidence.encoders),
         heads=evidence.heads,
         data=evidence.data,
         cells=cells,

@@ -9,7 +9,6 @@ from robustbench_x.engine.craft import attacker_sees
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.findings import finding
-from robustbench_x.heads.base import FittedHead
 from robustbench_x.plan import UNDEFENDED, Craft
 from robustbench_x.randomness import SampleRandom, derive_seed
 from robustbench_x.registry import Registry
@@ -41,8 +40,8 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
             results = [finding("probe_failed", f"{type(error).__name__}: {error}")]
         return [f.model_copy(update={"cell": where, "applies_to": tuple(cells)}) for f in results]
 
-    def forward(shield: str, head: FittedHead) -> list[Finding]:
-        return probe_victim(both, stage.defended(shield), head)
+    def forward(shield: str, head: str) -> list[Finding]:
+        return probe_victim(both, stage.defended(shield, head), stage.heads[head])
 
     def backward(craft: Craft) -> list[Finding]:
         loss = "cosine" if craft.head is None else "margin"
@@ -53,10 +52,10 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
         return probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
 
     for shield in stage.shields:
-        for name, head in stage.heads.items():
+        for name in stage.heads:
             where = f"{source} | {name} | {data} | {shield}"
             about = [c.id for craft in crafts for c in craft.cells if (c.defense, c.head) == (shield, name)]
-            found += guarded(where, about, lambda s=shield, h=head: forward(s, h))  # type: ignore[misc]
+            found += guarded(where, about, lambda s=shield, h=name: forward(s, h))  # type: ignore[misc]
     views: dict[tuple[str, str, str | None], list[Craft]] = {}
     for craft in crafts:
         if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:

@@ -20,7 +20,7 @@ from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_note
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
 from robustbench_x.engine.supply import Supply
 from robustbench_x.errors import DataError, RunError, SampleError, UsageError
-from robustbench_x.fitting.job import device_name
+from robustbench_x.fitting.ground import device_name
 from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.result import Report, StageProof, read_report

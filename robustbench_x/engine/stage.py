@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, Item, draw_subset
-from robustbench_x.encoders.encoder import LoadedEncoder
+from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.engine.progress import Progress
 from robustbench_x.errors import DataError, NothingEvaluatedError
 from robustbench_x.heads.base import FittedHead
@@ -23,6 +23,9 @@ from robustbench_x.registry import Registry
 from robustbench_x.victim import DefendedEncoder, Shield
 
 __all__ = ["Batch", "StageAtWork", "select_items"]
+
+PUBLIC = ""
+"""Reads every head that has no tuned encoder of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class StageAtWork:
 
     Args:
         stage: The plan's part.
-        loaded: The encoder, on its device.
+        loaded: The public encoder, on its device.
         dataset: The data set.
         shields: Built defences by title.
         config: The audit.
@@ -91,14 +94,16 @@ class StageAtWork:
                 seed=config.seed,
                 device=device,
                 batch_size=batch_size,
-                progress=_counting(progress, doing),
+                progress=_following(progress, doing),
             ).to(device)
+            if self.heads[name].encoder is not None:
+                progress.say(f"{doing}: {_tuning_words(self.heads[name])}")
             self.labels[name] = self.heads[name].match(dataset.classes)[[item.label for item in self.items]].to(device)
         behind = modules_within(*(shield.defense for shield in shields.values()))
         self.seal = Seal(self.encoder, *self.heads.values(), *behind)
         self._groups = [range(i, min(i + batch_size, len(self.items))) for i in range(0, len(self.items), batch_size)]
         self._pixels: dict[int, tuple[Tensor, tuple[int, ...], dict[int, tuple[Item, str]]]] = {}
-        self._clean: dict[tuple[str, int], Reading] = {}
+        self._clean: dict[tuple[str, str, int], Reading] = {}
 
     @property
     def num_batches(self) -> int:
@@ -123,19 +128,31 @@ class StageAtWork:
             unreadable=unreadable,
         )
 
-    def defended(self, shield: str) -> DefendedEncoder:
-        """The encoder as deployed behind `shield`."""
-        return DefendedEncoder(encoder=self.encoder, shield=self.shields[shield])
+    def body(self, head: str | None) -> Encoder:
+        """The encoder that `head` reads: its tuned one where it has one, else the public one; the latter for None."""
+        tuned = None if head is None else self.heads[head].encoder
+        return self.encoder if tuned is None else tuned
 
-    def clean(self, shield: str, batch: Batch, *, part: slice) -> Reading:
-        """Clean features of part of a batch behind `shield`, computed once for all heads and attacks."""
-        key = (shield, batch.number)
+    def reader(self, head: str) -> str:
+        """What heads share a reading: the name of a tuned head, for itself alone, or nothing for every public one."""
+        return PUBLIC if self.heads[head].encoder is None else head
+
+    def defended(self, shield: str, head: str) -> DefendedEncoder:
+        """The encoder that `head` reads, as deployed behind `shield`."""
+        return DefendedEncoder(encoder=self.body(head), shield=self.shields[shield])
+
+    def clean(self, shield: str, head: str, batch: Batch, *, part: slice) -> Reading:
+        """Clean features of part of a batch behind `shield` as `head` reads them.
+
+        Computed once for all attacks, and for all heads that read the public encoder.
+        """
+        key = (shield, self.reader(head), batch.number)
         if key not in self._clean:
             size = max(1, min(_CLEAN_PART, part.stop - part.start))  # a halved part has to fit too
             parts = [
                 read_features(
                     batch.images[start : start + size],
-                    self.defended(shield),
+                    self.defended(shield, head),
                     draws=self.judge_draws,
                     seed=derive_seed(self.seed, "clean", batch.number, start),
                 ).features
@@ -152,10 +169,13 @@ class StageAtWork:
         """
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.encoder.input_size, generator=generator).to(self.device)
-        features = self.defended(UNDEFENDED).features(images)
+        features: dict[str, Tensor] = {}
         answers = {}
         for name, head in self.heads.items():
-            logits = head(features).nan_to_num().cpu()
+            reader = self.reader(name)
+            if reader not in features:
+                features[reader] = self.defended(UNDEFENDED, name).features(images)
+            logits = head(features[reader]).nan_to_num().cpu()
             directions = torch.randn(head.num_classes, 4, generator=torch.Generator().manual_seed(1))
             answers[name] = (logits @ directions).flatten().tolist()
         return answers
@@ -197,8 +217,18 @@ class StageAtWork:
 _CLEAN_PART = 32
 
 
-def _counting(progress: Progress, doing: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress.task(f"{doing}: {done} of {total} images")
+def _following(progress: Progress, doing: str) -> Callable[[str], None]:
+    return lambda text: progress.task(f"{doing}: {text}")
+
+
+def _tuning_words(head: FittedHead) -> str:
+    """What became of a tuned head, in a line: accuracies and losses on the held-out images, drift, digest."""
+    made = head.settings
+    return (
+        f"held-out accuracy {made['probe_held_out_accuracy']:.3f} (probe) to {made['held_out_accuracy']:.3f}, loss "
+        f"{made['probe_held_out_loss']:.3g} to {made['held_out_loss']:.3g}; feature cosine to the public encoder "
+        f"{made['feature_cosine']:.3f}; sha256 {made['tuned_sha256']}"
+    )
 
 
 def select_items(dataset: Dataset, samples: int | None, config: AuditConfig) -> tuple[Item, ...]:

@@ -1,7 +1,8 @@
-"""How a fitted attack comes by its artefact: a file, a shipped one, the cache, or a training now."""
+"""How an artefact is come by: a file, a shipped one, the cache, or a training now; and hardened encoders likewise."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -16,8 +17,11 @@ from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress
 from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact, check_artifact, read_artifact, write_artifact
-from robustbench_x.fitting.job import FitJob, Pool, make_pool
-from robustbench_x.integrity import Seal, modules_within
+from robustbench_x.fitting.ground import Ground, Job, Pool, make_pool
+from robustbench_x.fitting.harden import HardenJob, Inner
+from robustbench_x.fitting.job import FitJob
+from robustbench_x.hardening import Hardening, HardeningSpec
+from robustbench_x.integrity import Seal
 from robustbench_x.plan import UNDEFENDED
 from robustbench_x.plugin import AttackSpec, FittedAttack
 from robustbench_x.registry import Registry
@@ -111,18 +115,29 @@ class Supply:
         return FitJob(
             spec=spec,
             attack=attack,
-            encoder=encoder,
-            partners=tuple(self.load(source) for source in spec.partners(attack)),
-            pool=self._pool(encoder),
-            threat=threat,
-            seed=self.seed,
-            device=self.device,
-            bf16=self.bf16,
+            ground=self._ground(encoder, threat, spec.partners(attack)),
             shield=perceived.shield,
             shield_title=perceived.title,
             shield_params=perceived.params,
             knowledge=perceived.knowledge,
         )
+
+    def hardened(
+        self, spec: HardeningSpec, hardening: Hardening, inner: Inner, encoder: Encoder, threat: ThreatModel
+    ) -> Supplied:
+        """The weights of `encoder`, hardened for `threat` on the images of `inner`.
+
+        An inner attack that is trained first gets its artefact here, once, for the original encoder.
+
+        Raises:
+            UsageError: What the inner attack asks for cannot be had, or does not belong to this encoder or norm.
+            SampleError: A training failed.
+        """
+        if inner.spec.fits and threat.radius > 0:
+            learned = self.artifact(inner.spec, inner.attack, encoder, threat).artifact
+            inner = dataclasses.replace(inner, artifact=learned)
+        ground = self._ground(encoder, threat)
+        return self._fitted(HardenJob(spec=spec, hardening=hardening, inner=inner, ground=ground), None)
 
     def fitted_on(self, attack: FittedAttack[Any], victim: Encoder) -> Encoder:
         """The encoder that `attack` is trained on."""
@@ -148,6 +163,17 @@ class Supply:
         """Digests of the surrogate images at this encoder's size, as an audit digests the evaluated ones."""
         return {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in self._pool(encoder).levels}
 
+    def _ground(self, encoder: Encoder, threat: ThreatModel, partners: Sequence[str] = ()) -> Ground:
+        return Ground(
+            encoder=encoder,
+            partners=tuple(self.load(source) for source in partners),
+            pool=self._pool(encoder),
+            threat=threat,
+            seed=self.seed,
+            device=self.device,
+            bf16=self.bf16,
+        )
+
     def _pool(self, encoder: Encoder) -> Pool:
         key = encoder.source, encoder.input_size
         if key not in self._pools:
@@ -164,7 +190,7 @@ class Supply:
             self.progress.say(f"surrogate image left out: {message}")
         return pool
 
-    def _fitted(self, job: FitJob, outer: Seal | None) -> Supplied:
+    def _fitted(self, job: Job, outer: Seal | None) -> Supplied:
         """Trained now or earlier; an interrupted training goes on. One that tampered with a model is thrown away."""
         path = cache.cache_dir() / "fits" / f"{job.cache_key()}.safetensors"
         checkpoint = path.with_suffix(".partial.safetensors")
@@ -176,15 +202,14 @@ class Supply:
                 return Supplied(read_artifact(path), "fitted earlier with these settings")
             except SourceError:
                 self.progress.say(f"{path} is damaged: it is made again")
-        name, source = job.spec.name, job.encoder.source
+        name, source = job.name, job.ground.encoder.source
         self.progress.task(f"fitting {name} on {source}")
 
         def show(done: int, total: int, losses: Mapping[str, float]) -> None:
             terms = ", ".join(f"{term} {value:.3g}" for term, value in losses.items())
             self.progress.task(f"fitting {name} on {source}: step {done} of {total}, {terms}")
 
-        shield = () if job.shield is None else modules_within(job.shield.defense)
-        seals = [Seal(job.encoder, *job.partners, *shield), *([] if outer is None else [outer])]
+        seals = [Seal(*job.untouchable), *([] if outer is None else [outer])]
         try:
             with isolated(self.seed, self.device):
                 artifact = job.run(checkpoint, show)

@@ -156,7 +156,7 @@ def _resume(trainer: Trainer, path: Path | None, key: str) -> tuple[int, _Cost]:
 
 
 def _stored_losses(path: Path | None) -> dict[str, float]:
-    if path is None:
+    if path is None or not path.is_file():  # a training of no steps has neither losses nor a checkpoint
         return {}
     with safetensors.safe_open(path, framework="pt") as file:
         losses: dict[str, float] = json.loads((file.metadata() or {})["note"])["losses"]

@@ -1,11 +1,11 @@
-"""What fitting a head needs whatever its kind: checks on the training features, and their scale."""
+"""What fitting a head needs whatever its kind: checks on the training features, their scale, a held-out share."""
 
 import torch
 from torch import Tensor
 
 from robustbench_x.errors import DataError
 
-__all__ = ["check_training", "standardisation"]
+__all__ = ["check_training", "hold_out", "standardisation"]
 
 _CONSTANT = 1e-6
 
@@ -47,3 +47,25 @@ def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
     scale = features.std(dim=0, correction=0)
     floor = _CONSTANT * torch.maximum(mean.abs(), scale.max())
     return mean, torch.where(scale <= floor, torch.ones_like(scale), scale)
+
+
+def hold_out(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices to train on, and a stratified held-out `share`: at least one sample of every class that has two.
+
+    A class with a single sample is trained on only; when every class is like that, the training samples are the
+    held-out ones too.
+
+    Args:
+        labels: `(N,)` int64 on the CPU.
+        share: Of every class, in (0, 1).
+        generator: Decides who is held out; on the CPU.
+    """
+    train, held_out = [], []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = max(1, round(share * len(members))) if len(members) > 1 else 0
+        held_out.append(members[:count])
+        train.append(members[count:])
+    chosen = torch.cat(held_out)
+    return torch.cat(train), chosen if len(chosen) else torch.cat(train)

@@ -1,4 +1,7 @@
-"""What a head is: features of one encoder to logits over the classes of one data set."""
+"""What a head is: features of one encoder to logits over the classes of one data set.
+
+A head reads the features of the public encoder, or, when it was tuned together with a copy of it, those of that copy.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +10,9 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.errors import DataError, near_matches
+from robustbench_x.heads.tuning.scheme import Scheme
 
 __all__ = ["FittedHead", "HeadSpec", "Ranking", "Task"]
 
@@ -32,6 +37,8 @@ class FittedHead(nn.Module):
         aliases: Class names (and ids) to logit index.
         settings: How it was made, for the report.
         task: `retrieval` when the layer also has `rank(features, labels)`.
+        encoder: The tuned encoder whose features it reads; None: those of the public one.
+        changed: Names in that encoder's backbone's state dict that the public one lacks or has otherwise.
     """
 
     def __init__(
@@ -43,6 +50,8 @@ class FittedHead(nn.Module):
         aliases: Mapping[str, int],
         settings: Mapping[str, Any] | None = None,
         task: Task = "classification",
+        encoder: Encoder | None = None,
+        changed: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.name = name
@@ -51,10 +60,12 @@ class FittedHead(nn.Module):
         self.num_classes = num_classes
         self.aliases = dict(aliases)
         self.settings = dict(settings or {})
+        self.encoder = encoder
+        self.changed = tuple(changed)
         self.eval().requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `(N, K)` float32."""
+        """Logits `(N, K)` float32 of features `(N, D)` of its own encoder where it has one, else of the public one."""
         logits: Tensor = self.layer(features)
         return logits.float()
 
@@ -100,6 +111,7 @@ class HeadSpec:
         fit: `(features (N, D), labels (N,), num_classes, seed) -> nn.Module`; None when it is not fitted.
         restore: Rebuilds the module from a saved state dict; None when it is not fitted.
         settings: Hyper-parameters, stored in the report and part of the cache key.
+        tune: How a copy of the encoder is fine-tuned with it, in place of `fit`; None when the encoder stays as it is.
     """
 
     name: str
@@ -108,3 +120,4 @@ class HeadSpec:
     restore: Callable[[Mapping[str, Tensor]], nn.Module] | None = None
     settings: Mapping[str, Any] | None = None
     task: Task = "classification"
+    tune: Scheme | None = None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_x.errors import SampleError
-from robustbench_x.heads._training import check_training, standardisation
+from robustbench_x.heads._training import check_training, hold_out, standardisation
 from robustbench_x.heads.base import HeadSpec
 
 __all__ = ["SPEC", "MLPHead", "fit", "restore"]
@@ -64,7 +64,7 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> MLPHea
     generator = torch.Generator().manual_seed(seed)
     features = features.float()
     head = _initial(features, num_classes, generator)
-    train, held_out = _split(labels.cpu(), generator)
+    train, held_out = hold_out(labels.cpu(), _HELD_OUT, generator)
     optimizer = torch.optim.AdamW(head.parameters(), lr=_RATE, weight_decay=_DECAY)
     best, best_loss, since = _copy(head), float("inf"), 0
     for _ in range(_EPOCHS):
@@ -107,18 +107,6 @@ def _initial(features: Tensor, num_classes: int, generator: torch.Generator) -> 
         nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
         nn.init.zeros_(layer.bias)
     return head.to(features.device)
-
-
-def _split(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    train, held_out = [], []
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        count = max(1, round(_HELD_OUT * len(members))) if len(members) > 1 else 0
-        held_out.append(members[:count])
-        train.append(members[count:])
-    chosen = torch.cat(held_out)
-    return torch.cat(train), chosen if len(chosen) else torch.cat(train)
 
 
 def _copy(head: MLPHead) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Heads as files: a `.safetensors` that knows its classes, and the encoder whose features it reads."""
+"""Heads as files: a `.safetensors` that knows its classes, and the encoder whose features it reads.
+
+A tuned head holds what its encoder has otherwise than the public one, under `encoder.`, beside its classifier.
+"""
 
 import hashlib
 import json
@@ -14,7 +17,8 @@ from torch import Tensor
 from robustbench_x.encoders.encoder import Encoder, state_sha256
 from robustbench_x.encoders.loading import file_sha256
 from robustbench_x.errors import SourceError
-from robustbench_x.heads.base import FittedHead
+from robustbench_x.heads.base import FittedHead, HeadSpec
+from robustbench_x.heads.tuning.overlay import join_tensors, rebuild, split_tensors
 
 if TYPE_CHECKING:
     from robustbench_x.registry import Registry
@@ -26,7 +30,7 @@ _KEYS = ("format", "kind", "classes", "feature_dim", "encoder_sha256", "settings
 
 
 def save_head(head: FittedHead, path: Path) -> None:
-    """Writes a fitted head, so that `file:PATH` judges with it again on the same encoder.
+    """Writes a fitted or tuned head, so that `file:PATH` judges with it again on the same public encoder.
 
     Atomic: a reader sees the old file, the new one or none.
 
@@ -38,7 +42,9 @@ def save_head(head: FittedHead, path: Path) -> None:
         raise SourceError(f"head {head.name} cannot be saved: only a fitted head can, such as linear or knn")
     if path.suffix != ".safetensors":
         raise SourceError(f"a head is saved as .safetensors, not as {path.name}")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.layer.state_dict().items()}
+    tuned = {} if head.encoder is None else head.encoder.backbone.state_dict()
+    state = join_tensors(head.layer.state_dict(), {name: tuned[name] for name in head.changed})
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     metadata = {
         "format": _FORMAT,
         "kind": str(head.settings["kind"]),
@@ -59,11 +65,14 @@ def read_head(path: Path, *, name: str, encoder: Encoder, registry: "Registry") 
     Args:
         path: The file.
         name: As the user asked for it; opens every error message.
-        encoder: Whose features it will read.
+        encoder: The public encoder, on any device: its features are read, or a copy of it gets the tuned weights.
         registry: Where its kind is looked up.
 
+    Returns:
+        The head, on the CPU.
+
     Raises:
-        SourceError: The file is missing, damaged, no saved head, or was fitted on another encoder.
+        SourceError: The file is missing, damaged, no saved head, or was fitted on another encoder or at another size.
     """
     state, metadata = _read(path, name)
     if metadata["encoder_sha256"] != encoder.sha256:
@@ -81,6 +90,7 @@ def read_head(path: Path, *, name: str, encoder: Encoder, registry: "Registry") 
     spec = registry.heads[metadata["kind"]]
     if spec.restore is None:
         raise SourceError(f"head {name} is of the kind {spec.name}, which cannot be restored from a file")
+    state, overlay = split_tensors(state) if spec.tune is not None else (state, {})
     head = FittedHead(
         name=name,
         layer=spec.restore(state),
@@ -88,11 +98,31 @@ def read_head(path: Path, *, name: str, encoder: Encoder, registry: "Registry") 
         aliases={label: index for index, label in enumerate(classes)},
         settings={**settings, "file_sha256": file_sha256(path)},
         task=spec.task,
+        encoder=_tuned(spec, encoder, overlay, settings, name),
+        changed=sorted(overlay),
     )
     shape = tuple(head(torch.zeros(1, encoder.feature_dim)).shape)
     if shape != (1, len(classes)):
         raise SourceError(f"head {name} returned logits of shape {shape}; expected (1, {len(classes)})")
     return head
+
+
+def _tuned(
+    spec: HeadSpec, encoder: Encoder, overlay: Mapping[str, Tensor], settings: Mapping[str, Any], name: str
+) -> Encoder | None:
+    """The tuned encoder of a head that has one."""
+    if spec.tune is None:
+        return None
+    size = tuple(settings["input_size"])
+    if size != encoder.input_size:
+        raise SourceError(
+            f"head {name} was tuned at {size[0]} x {size[1]} pixels, but {encoder.source} runs at "
+            f"{encoder.input_size[0]} x {encoder.input_size[1]}; write ?size={size[0]} behind the encoder"
+        )
+    try:
+        return rebuild(spec.tune, encoder, overlay, sha256=settings["tuned_sha256"])
+    except SourceError as error:
+        raise SourceError(f"head {name}: {error}") from error
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from robustbench_x.findings import FINDINGS
 from robustbench_x.report.inert import html_text, markdown_text
+from robustbench_x.report.layers import MEANING, layer_tables
 from robustbench_x.report.transfer import transfer_matrices
 from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text, victim
 from robustbench_x.result import CellResult, Decision, Finding, Measure, Report
@@ -26,6 +27,7 @@ def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -
         _worst(report),
         _findings(report.findings),
         _retrieval(report),
+        *_layers(report),
         *_transfer(report),
         *_victims(report),
         _fits(report),
@@ -153,6 +155,15 @@ def _retrieval(report: Report) -> str:
 def _pair(cell: CellResult, metric: str) -> str:
     attacked = cell.metrics.get(metric, _UNMEASURED)
     return f"{percent(_value(cell, f'clean_{metric}'))} to {figure(attacked)}"
+
+
+def _layers(report: Report) -> list[str]:
+    """Which layers are vulnerable, for every encoder that an attack searched."""
+    return [
+        f"### Layer vulnerability of {markdown_text(found.encoder)}\n\n{MEANING.replace('*', chr(92) + '*')}.\n\n"
+        + table(("layer", *map(markdown_text, found.columns)), found.rows)
+        for found in layer_tables(report)
+    ]
 
 
 def _transfer(report: Report) -> list[str]:

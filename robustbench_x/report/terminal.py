@@ -13,6 +13,7 @@ from rich.text import Text
 
 from robustbench_x.findings import FINDINGS
 from robustbench_x.report.inert import plain
+from robustbench_x.report.layers import MEANING, layer_tables
 from robustbench_x.report.transfer import transfer_matrices
 from robustbench_x.report.words import count, figure, headline, percent, shield, summary, threat_text
 from robustbench_x.result import CellResult, Decision, Finding, GateVerdict, Report, WorstCase
@@ -39,6 +40,7 @@ def print_report(report: Report, decision: Decision, console: Console) -> None:
         worst = [w for w in report.worst_case if (w.encoder, w.head, w.data) == (encoder, head, data)]
         console.print(_title(encoder, head, data, cells))
         console.print(_victim_table(cells, worst))
+    _print_layers(report, console)
     _print_transfer(report, console)
     _print_findings(report, console)
 
@@ -117,6 +119,19 @@ def _row(cell: CellResult, several: bool) -> tuple[Text | str, ...]:
         percent(_value(cell, last)),
         "-" if seconds is None else f"{seconds:.2f}",
     )
+
+
+def _print_layers(report: Report, console: Console) -> None:
+    for found in layer_tables(report):
+        console.print(Text(plain(f"Layer vulnerability of {found.encoder}"), style="bold"))
+        console.print(Text(MEANING, style="dim"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("layer", overflow="fold")
+        for name in found.columns:
+            table.add_column(Text(plain(name)), justify="right", overflow="fold")
+        for row in found.rows:
+            table.add_row(*(Text(plain(value)) for value in row))
+        console.print(table)
 
 
 def _print_transfer(report: Report, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The contract kit: what every attack and defence must keep, for first-party and third-party plugins alike.
+"""The contract kit: what every attack, defence and hardening must keep, for first- and third-party plugins alike.
 
     import pytest
     from robustbench_x.registry import load_registry
@@ -13,6 +13,17 @@ A check raises AssertionError, saying what was broken, and returns nothing.
 
 from robustbench_x.testing.attacks import ATTACK_CHECKS
 from robustbench_x.testing.defenses import DEFENSE_CHECKS
+from robustbench_x.testing.hardenings import HARDENING_CHECKS, toy_hardening
 from robustbench_x.testing.toys import ToyVictim, fit_toy, linear_victim, make_view, toy_victim
 
-__all__ = ["ATTACK_CHECKS", "DEFENSE_CHECKS", "ToyVictim", "fit_toy", "linear_victim", "make_view", "toy_victim"]
+__all__ = [
+    "ATTACK_CHECKS",
+    "DEFENSE_CHECKS",
+    "HARDENING_CHECKS",
+    "ToyVictim",
+    "fit_toy",
+    "linear_victim",
+    "make_view",
+    "toy_hardening",
+    "toy_victim",
+]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, Preprocessing, Tokens
 from robustbench_x.fitting.artifact import Artifact
-from robustbench_x.fitting.job import FitJob, Pool
+from robustbench_x.fitting.ground import Ground, Pool
+from robustbench_x.fitting.job import FitJob
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.randomness import SampleRandom, derive_seed
@@ -29,7 +30,7 @@ from robustbench_x.views import (
     WhiteboxView,
 )
 
-__all__ = ["ToyVictim", "fit_toy", "linear_victim", "make_view", "toy_job", "toy_victim"]
+__all__ = ["ToyVictim", "fit_toy", "linear_victim", "make_view", "toy_ground", "toy_job", "toy_victim"]
 
 SIDE = 16
 
@@ -173,15 +174,19 @@ def toy_job(
     spec: AttackSpec, params: Mapping[str, Any], victim: ToyVictim, threat: ThreatModel, *, seed: int = 0
 ) -> FitJob:
     """The training of a fitted attack on the toy encoder, alone or with itself as every partner it asks for."""
+    attack = spec.build(params)
+    ground = toy_ground(victim, threat, seed=seed, partners=len(spec.partners(attack)))
+    return FitJob(spec=spec, attack=attack, ground=ground)
+
+
+def toy_ground(victim: ToyVictim, threat: ThreatModel, *, seed: int = 0, partners: int = 0) -> Ground:
+    """What a training on the toy encoder stands on: 24 blurred random images, and the encoder again as each partner."""
     generator = torch.Generator().manual_seed(derive_seed("surrogate", seed))
     coarse = torch.rand(24, 3, 4, 4, generator=generator)
     images = F.interpolate(coarse, victim.encoder.input_size, mode="bilinear", align_corners=False)
-    attack = spec.build(params)
-    return FitJob(
-        spec=spec,
-        attack=attack,
+    return Ground(
         encoder=victim.encoder,
-        partners=tuple(victim.encoder for _ in spec.partners(attack)),
+        partners=(victim.encoder,) * partners,
         pool=Pool(source="toy:surrogate", levels=(images * 255).round().to(torch.uint8), sha256=str(seed)),
         threat=threat,
         seed=seed,

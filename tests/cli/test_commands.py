@@ -177,7 +177,10 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "encoders", "heads", "data"])
+KINDS = ("attacks", "defenses", "hardenings", "encoders", "heads", "data")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_list_prints_a_table_or_json(rbx: Command, kind: str) -> None:
     told = json.loads(rbx("list", kind, "--json").out)
     assert list(told) == [kind]
@@ -187,7 +190,7 @@ def test_list_prints_a_table_or_json(rbx: Command, kind: str) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith(kind)
     assert max(map(len, ended.out.splitlines())) <= 80
-    assert set(json.loads(rbx("list", "--json").out)) == {"attacks", "defenses", "encoders", "heads", "data"}
+    assert set(json.loads(rbx("list", "--json").out)) == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,7 @@ def test_list_prints_a_table_or_json(rbx: Command, kind: str) -> None:
         ("pgd", "attack", ["steps = 20 (int): gradient steps", "access: whitebox", "Madry et al. 2018"]),
         ("torchattacks:CW", "attack", ["budget: minimal", "from: robustbench-x"]),
         ("jpeg", "defense", ["quality = 75 (int)", "knowledge: oblivious, bpda, full"]),
+        ("fare", "hardening", ["eps: 4/255", "rate = ", "Schlarmann et al. 2024"]),
         ("linear", "head", ["name: linear"]),
         ("packaged:photos", "data source", ["names: digits, photos"]),
         ("packaged:efficientnet_lite0", "encoder source", ["dinov2_vits14"]),
@@ -214,7 +218,7 @@ def test_describe_says_what_there_is(rbx: Command, name: str, kind: str, words: 
 
 def test_every_entry_can_be_described(rbx: Command) -> None:
     registry = load_registry()
-    for name in (*registry.attacks, *registry.defenses, *registry.heads):
+    for name in (*registry.attacks, *registry.defenses, *registry.hardenings, *registry.heads):
         told = json.loads(rbx("describe", name, "--json").out)
         assert told["name"] == name
 

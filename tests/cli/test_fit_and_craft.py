@@ -112,7 +112,7 @@ def test_craft_takes_attacks_that_learn_nothing_too(rbx: Command) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("fit", "pgd", "-e", "x:y", "--out", "a.safetensors"), "pgd has nothing to train; rbx fit takes advencoder"),
+        (("fit", "pgd", "-e", "x:y", "--out", "a.safetensors"), "pgd has nothing to train; rbx fit takes"),
         (("fit", "advencodr", "-e", "x:y", "--out", "a.safetensors"), "did you mean advencoder?"),
         ((*FIT, "--out", "a.pt"), "--out a.pt: an artefact is a .safetensors file"),
         ((*FIT, "--out", "a.safetensors", "--norm", "l2"), "norm l2 has no default budget; give --eps"),

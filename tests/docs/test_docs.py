@@ -3,6 +3,10 @@
 import os
 import re
 import shlex
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,12 @@ from robustbench_x.cli import app
 from robustbench_x.config import AuditConfig
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.findings import FINDINGS, render_page
+from robustbench_x.fitting.harden import find_inner
 from robustbench_x.metrics import METRICS
 from robustbench_x.plan import make_plan
 from robustbench_x.registry import Registry, load_registry
-from robustbench_x.testing import ATTACK_CHECKS
+from robustbench_x.testing import ATTACK_CHECKS, HARDENING_CHECKS
+from robustbench_x.threat import ThreatModel
 from robustbench_x.toml import parse_toml
 
 ROOT = Path(__file__).parents[2]
@@ -28,22 +34,30 @@ def _blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_plugin_page_s_attack_keeps_the_contract() -> None:
-    namespace: dict[str, object] = {"__name__": "my_package"}
-    import sys
-    import types
-
+@contextmanager
+def _package(code: str) -> Iterator[Registry]:
+    """What a page's plugin registers."""
     module = types.ModuleType("my_package")
     sys.modules["my_package"] = module
     try:
-        exec(compile(_blocks("docs/plugins.md", "python")[0], "docs/plugins.md", "exec"), module.__dict__)
-        namespace.update(module.__dict__)
+        exec(compile(code, "docs/plugins.md", "exec"), module.__dict__)
         registry = Registry()
         registry.load(module.register, origin="docs")
-        for check in ATTACK_CHECKS:
-            check(registry.attacks["halfway"])
+        yield registry
     finally:
         del sys.modules["my_package"]
+
+
+def test_the_plugin_page_s_attack_keeps_the_contract() -> None:
+    with _package(_blocks("docs/plugins.md", "python")[0]) as registry:
+        for check in ATTACK_CHECKS:
+            check(registry.attacks["halfway"])
+
+
+def test_the_plugin_page_s_hardening_keeps_the_contract() -> None:
+    with _package(_blocks("docs/plugins.md", "python")[1]) as registry:
+        for check in HARDENING_CHECKS:
+            check(registry.hardenings["absolute"])
 
 
 def test_the_own_model_page_s_network_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +102,17 @@ def test_the_universal_page_s_transfer_audit_is_one() -> None:
     assert len(fitted) == 4
 
 
+def test_the_hardening_page_s_audit_is_one() -> None:
+    config = parse_toml(_blocks("docs/hardening.md", "toml")[0], AuditConfig, name="docs/hardening.md")
+    plan = make_plan(config, load_registry())
+    assert len({(c.encoder, c.attack) for c in plan.cells}) == 3 * 4
+    named = re.findall(r"inner=([^']+)'", "".join(_blocks("docs/hardening.md", "console")))
+    assert len(named) == 4
+    registry = load_registry()
+    for inner in named:
+        find_inner(registry, registry.hardenings["fare"].build({"inner": inner}), ThreatModel(eps=4 / 255))
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in ("README.md", "CONTRIBUTING.md"):
@@ -118,7 +143,7 @@ def test_the_metrics_page_names_every_metric() -> None:
 def test_the_readme_s_catalogue_is_the_registry_s() -> None:
     text, registry = (ROOT / "README.md").read_text(encoding="utf-8"), load_registry()
     native = [name for name in registry.attacks if not name.startswith("torchattacks:")]
-    for name in [*native, *registry.defenses, *registry.heads]:
+    for name in [*native, *registry.defenses, *registry.hardenings, *registry.heads]:
         assert f"`{name}" in text, f"README.md does not name {name}"
     bridged = len(registry.attacks) - len(native)
     assert f"{bridged} of torchattacks" in text

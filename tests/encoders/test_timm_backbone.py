@@ -193,3 +193,37 @@ def test_a_vit_takes_multiples_of_its_patch_only() -> None:
 def test_a_model_built_at_another_size_runs_at_that_size() -> None:
     # timm's data config still says 224.
     assert _loaded("vit_tiny_patch16_224", img_size=64).encoder.input_size == (64, 64)
+
+
+@torch.no_grad()
+def test_the_attention_and_the_mlp_of_a_block_are_what_they_add_to_the_tokens() -> None:
+    loaded = _loaded("vit_tiny_patch16_224", img_size=32, depth=3)
+    encoder, images = loaded.encoder, _images(loaded)
+    assert encoder.layers == ("blocks.0", "blocks.1", "blocks.2")
+    assert encoder.parts == tuple(f"blocks.{i}.{part}" for i in range(3) for part in ("attn", "mlp"))
+    found = encoder.tokens(images, ["blocks.0", "blocks.1.mlp", "blocks.1.attn", "blocks.1"])
+    assert list(found) == ["blocks.0", "blocks.1.mlp", "blocks.1.attn", "blocks.1"]
+    for before, attention, mlp, after in zip(
+        *(found[name] for name in ("blocks.0", "blocks.1.attn", "blocks.1.mlp", "blocks.1")), strict=True
+    ):
+        assert before is not None
+        assert attention is not None
+        assert torch.allclose(before + attention + mlp, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0"])
+def test_where_a_layer_is_no_transformer_block_it_has_no_parts(name: str) -> None:
+    assert _loaded(name).encoder.parts == ()
+
+
+@torch.no_grad()
+def test_a_part_of_a_shallow_block_costs_a_shallow_pass_and_leaves_no_hook() -> None:
+    loaded = _loaded("vit_tiny_patch16_224", img_size=32, depth=3)
+    ran: list[int] = []
+    for number in range(3):
+        block = loaded.encoder.backbone.get_submodule(f"model.blocks.{number}")
+        block.register_forward_hook(lambda _module, _args, _out, number=number: ran.append(number))
+    loaded.encoder.tokens(_images(loaded), ["blocks.1.attn"])
+    assert ran == [0, 1]
+    attention = loaded.encoder.backbone.get_submodule("model.blocks.1.attn")
+    assert not attention._forward_hooks

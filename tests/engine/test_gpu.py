@@ -41,6 +41,20 @@ def test_verdicts_are_float32_not_tf32() -> None:
     assert (features - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
+def test_tuned_victims_are_trained_and_judged_on_the_gpu(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
+    heads = ["linear", "lora", "adapter", "full"]
+    config = audit_config(images, head=heads, attacks=[PGD, {"name": "embed", "steps": 5}], device="cuda")
+    report = run_audit(config, tmp_path / "out", registry=registry())
+    assert report.status == "complete"
+    made = {info.head: info.settings for info in report.heads}
+    assert all(made[head]["device"].startswith("cuda") for head in heads[1:])
+    assert all(made[head]["tuned_sha256"] != report.encoders[0].sha256 for head in heads[1:])
+    assert run_audit(config, tmp_path / "out", registry=registry()) == report
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "attack",

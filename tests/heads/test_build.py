@@ -115,7 +115,7 @@ def test_features_are_the_encoders_in_the_order_of_the_items() -> None:
 def test_features_come_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, items = _encoder(), (*_items(5), _broken("a.png"), *_items(4))
     whole = features_of(encoder, items, batch_size=3, device=CPU)
-    monkeypatch.setattr("robustbench_x.heads.build._CHUNK", 2)
+    monkeypatch.setattr("robustbench_x.heads.features._CHUNK", 2)
     parts = features_of(encoder, items, batch_size=3, device=CPU)
     assert torch.equal(whole.features, parts.features)
     assert torch.equal(whole.labels, parts.labels)

@@ -33,8 +33,10 @@ def _fit(spec: HeadSpec, features: Tensor, labels: Tensor, classes: int = 3, see
 
 
 def test_the_catalogue_is_complete() -> None:
-    assert [spec.name for spec in HEADS] == ["native", "linear", "mlp", "knn", "prototype", "retrieval", "file"]
-    assert [spec.name for spec in HEADS if not spec.fit] == ["native", "file"]
+    assert [spec.name for spec in HEADS] == [
+        "native", "linear", "mlp", "knn", "prototype", "retrieval", "lora", "adapter", "full", "file",
+    ]  # fmt: skip
+    assert [spec.name for spec in HEADS if not (spec.fit or spec.tune)] == ["native", "file"]
     assert all(spec.summary for spec in HEADS)
 
 

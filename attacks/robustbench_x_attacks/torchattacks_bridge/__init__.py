@@ -1,4 +1,7 @@
-"""Every usable attack of torchattacks 3.5.1 as `torchattacks:NAME`; torchattacks is imported by the first run."""
+"""Every usable attack of torchattacks 3.5.1, some with the encoder alone too; the first run imports torchattacks.
+
+`torchattacks:NAME` faces the victim, `instance:NAME` only the encoder, through an instance head.
+"""
 
 import dataclasses
 import importlib.util
@@ -7,13 +10,14 @@ from robustbench_x.plugin import AttackSpec
 from robustbench_x_attacks.torchattacks_bridge.bridge import Bridge
 from robustbench_x_attacks.torchattacks_bridge.catalogue import ENTRIES
 from robustbench_x_attacks.torchattacks_bridge.entry import Entry
+from robustbench_x_attacks.torchattacks_bridge.instance import INSTANCE_ENTRIES, InstanceBridge, InstanceParams
 
-__all__ = ["attack_class", "specs"]
+__all__ = ["attack_class", "instance_class", "specs"]
 
 
 def specs() -> list[AttackSpec]:
     """One spec per attack, whether torchattacks is installed or not."""
-    return [_spec(entry) for entry in ENTRIES]
+    return [_spec(entry) for entry in ENTRIES] + [_instance_spec(entry) for entry in INSTANCE_ENTRIES]
 
 
 def attack_class(entry: Entry) -> type[Bridge]:
@@ -41,6 +45,33 @@ def _spec(entry: Entry) -> AttackSpec:
         goal=entry.goal,
         budget=entry.budget,
         control=entry.access == "none",
+    )
+
+
+def instance_class(entry: Entry) -> type[InstanceBridge]:
+    """The frozen dataclass of `instance:NAME`."""
+    doc = f"{entry.summary} ({entry.source}), away from the image's own features, on a bank of natural ones."
+    return dataclasses.make_dataclass(
+        f"Instance{entry.name}",
+        [(knob.name, knob.annotation, knob.field()) for knob in entry.all_knobs],
+        bases=(InstanceBridge, InstanceParams),
+        namespace={"entry": entry, "__doc__": doc},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _instance_spec(entry: Entry) -> AttackSpec:
+    return AttackSpec(
+        name=f"instance:{entry.name}",
+        summary=f"{entry.summary}, encoder only: away from itself among natural images",
+        factory=instance_class(entry),
+        source=entry.source,
+        extra=("torchattacks", "torchattacks"),
+        missing=_missing,
+        access="encoder",
+        norms=entry.norms,
+        fits=True,
     )
 
 

@@ -192,6 +192,8 @@ class AttackSpec(Spec):
         deterministic: Makes the same images from the same view and seed, bit for bit, on one machine.
         control: A control (noise), not meant to succeed.
         fits: Is trained first: the factory derives from `Fitted` and has a `trainer(view)`.
+        fitted_by: Names of the parameters that decide what is learned; None: every one. An artefact serves all settings
+            of the others.
         shipped: A folder of artefacts that come with the plugin, found by the encoder's digest.
         partners: Sources of the further public encoders that a built attack is fitted on.
     """
@@ -203,6 +205,7 @@ class AttackSpec(Spec):
     deterministic: bool = True
     control: bool = False
     fits: bool = False
+    fitted_by: tuple[str, ...] | None = None
     shipped: Path | None = None
     partners: Callable[[Any], tuple[str, ...]] = lambda attack: ()
 

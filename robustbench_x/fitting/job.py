@@ -56,7 +56,9 @@ class FitJob:
     @property
     def params(self) -> dict[str, Any]:
         """The attack's parameters as far as they decide what is learned."""
-        return decisive_params(self.spec, self.attack)
+        params = decisive_params(self.spec, self.attack)
+        fitted_by = self.spec.fitted_by
+        return params if fitted_by is None else {name: params[name] for name in fitted_by}
 
     def key(self) -> str:
         """See `Ground.key`; with the defence it is fitted through."""

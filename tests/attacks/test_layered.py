@@ -210,6 +210,16 @@ def test_a_search_that_was_killed_ends_with_the_same_map() -> None:
     assert all(torch.equal(first.result()[name], again.result()[name]) for name in whole)
 
 
+def test_one_search_serves_every_setting_that_does_not_decide_it() -> None:
+    victim = toy_victim()
+    keys = {
+        name: toy_job(DTA, params, victim, LINF).key()
+        for name, params in {"plain": {}, "steps": {"steps": 3, "noise": 0.5}, "top": {"top": 1}}.items()
+    }
+    assert keys["plain"] == keys["steps"] != keys["top"]
+    assert fit_toy(DTA, {}, victim, LINF).provenance.params.keys() == set(DTA.fitted_by or ())
+
+
 def test_given_layers_need_no_search_and_no_surrogate() -> None:
     victim = toy_victim()
     job = toy_job(DTA, {"layers": "late"}, victim, LINF)
@@ -346,11 +356,16 @@ def trained() -> ToyVictim:
         nn.init.normal_(top.weight, std=0.02)
         encoder.backbone.requires_grad_(True)
         optimizer = torch.optim.AdamW([*encoder.backbone.parameters(), *top.parameters()], lr=1e-3)
-        for step in range(60):
+        low = 0
+        for step in range(400):
             batch = torch.arange(step * 40, step * 40 + 40) % len(images)
             optimizer.zero_grad()
-            F.cross_entropy(top(encoder(images[batch])), labels[batch]).backward()
+            loss = F.cross_entropy(top(encoder(images[batch])), labels[batch])
+            loss.backward()
             optimizer.step()
+            low = low + 1 if float(loss.detach()) < 0.05 else 0
+            if low == 10:
+                break
         encoder.backbone.requires_grad_(False)
     encoder = Encoder(source="trained-vit", backbone=encoder.backbone, preprocessing=encoder.preprocessing)
     fresh, marks = _pictures(200, seed=2)

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import numpy as np
 import PIL.Image
 import pytest
 
+from command import Command
 from made_runs import cell, report, row, store, worst
-from robustbench_x.cli import main
 from robustbench_x.config import load_config
 from robustbench_x.policy import load_policy
 from robustbench_x.registry import load_registry
@@ -42,36 +42,9 @@ def probabilities():
 COLOURS = ("red", "green", "blue")
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Command:
-    """Calls `rbx` in this process, by the function that the command calls."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys = capsys
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, *args: str) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["rbx", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        return Ended(code, *self._capsys.readouterr())
-
-
 @pytest.fixture
 def rbx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "tiny_user_code", raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    return Command(capsys, monkeypatch)
+    return Command(capsys, monkeypatch, tmp_path, module="tiny_user_code", columns=80)
 
 
 def write_project() -> None:
@@ -160,7 +133,6 @@ def test_the_schema_on_disk_is_that_of_the_code() -> None:
 def test_help_is_instant_and_ends_with_0() -> None:
     script = f"""
 import sys, io, contextlib
-from robustbench_x.cli import main
 for args in {[["--help"], ["--version"], *[[name, "--help"] for name in COMMANDS]]!r}:
     sys.argv = ["rbx", *args]
     out = io.StringIO()

@@ -1,15 +1,13 @@
 """`rbx fit` and `rbx craft` as a user types them: what they print, write, and how they end."""
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from robustbench_x.cli import main
+from command import Command
 from robustbench_x.fitting import read_artifact
 
 ENCODER = """
@@ -24,42 +22,16 @@ def make():
 """
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Command:
-    """`rbx` in this process, in a folder with an encoder of the user's and a few images."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *args: str) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["rbx", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        return Ended(code, *self._capsys.readouterr())
-
-
 @pytest.fixture
 def rbx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "fit_user_code", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
+    run = Command(capsys, monkeypatch, tmp_path, code=ENCODER, module="fit_user_code")
     monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
-    Path("fit_user_code.py").write_text(ENCODER)
     random = np.random.default_rng(0)
     for index in range(6):
         path = Path("photos", f"album{index % 2}", f"{index}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-    return Command(capsys, monkeypatch)
+    return run
 
 
 FIT = ("fit", "advencoder", "-e", "python:fit_user_code:make", "--surrogate", "images:photos", "--device", "cpu")

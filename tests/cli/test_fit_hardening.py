@@ -1,15 +1,13 @@
 """`rbx fit` on a hardening as a user types it, and the audit of what comes of it."""
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from robustbench_x.cli import main
+from command import Command
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.fitting import read_artifact
 from robustbench_x.registry import load_registry
@@ -29,36 +27,10 @@ def make():
 BASE = "python:harden_user_code:make"
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Command:
-    """`rbx` in this process, in a folder with an encoder of the user's and images of two classes."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *args: str) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["rbx", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        return Ended(code, *self._capsys.readouterr())
-
-
 @pytest.fixture
 def rbx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "harden_user_code", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
+    run = Command(capsys, monkeypatch, tmp_path, code=ENCODER, module="harden_user_code")
     monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
-    Path("harden_user_code.py").write_text(ENCODER)
     random = np.random.default_rng(0)
     for split, number in (("train", 8), ("test", 4)):
         for channel, name in enumerate(("red", "green")):
@@ -68,7 +40,7 @@ def rbx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
                 path = Path("data", split, name, f"{index}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 PIL.Image.fromarray(pixels).save(path)
-    return Command(capsys, monkeypatch)
+    return run
 
 
 SHARED = ("--surrogate", "images:data", "--device", "cpu", "-p", "steps=4", "-p", "batch=8", "-p", "rate=1e-2")

@@ -177,4 +177,5 @@ SPEC = AttackSpec(
     access="encoder",
     norms=("linf", "l2", "patch"),
     fits=True,
+    fitted_by=("layers", "top", "search", "search_images", "search_steps", "tokens", "output"),
 )

@@ -128,4 +128,5 @@ SPEC = AttackSpec(
     access="encoder",
     norms=("linf", "l2", "patch"),
     fits=True,
+    fitted_by=("images",),
 )

@@ -72,6 +72,7 @@ def _instance_spec(entry: Entry) -> AttackSpec:
         access="encoder",
         norms=entry.norms,
         fits=True,
+        fitted_by=("images",),
     )
 
 

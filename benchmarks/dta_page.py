@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from robustbench_x.numbers import format_eps
-from robustbench_x.pairing import discordant, rows_by_cell
+from robustbench_x.pairing import Rows, discordant, rows_by_cell
 from robustbench_x.report.layers import MEANING, layer_tables
 from robustbench_x.report.markdown import table
 from robustbench_x.report.words import percent
@@ -281,7 +281,7 @@ def _paired(
     cells: Sequence[CellResult], other: str, eps: float, work: Path, grid: dict[str, Report]
 ) -> tuple[int, int, float]:
     """Cells in which dta is significantly ahead and behind, and the difference of mean ASR in points."""
-    rows = {}
+    rows: dict[str, Rows] = {}
     for name, report in grid.items():
         if any(cell.encoder == cells[0].encoder for cell in report.cells):
             rows |= rows_by_cell(work / "runs" / name)

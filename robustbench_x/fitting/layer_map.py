@@ -53,7 +53,8 @@ def unpack_layers(tensors: Mapping[str, Tensor]) -> LayerMap | None:
     figures = torch.stack(columns[:-1]).double()
     if not bool(((figures > -_ROUNDING) & (figures < 2 + _ROUNDING)).all()):  # NaN fails too
         raise SourceError("the layer map holds figures that are no cosine distances in [0, 2]")
-    return LayerMap(names, *figures, columns[-1].bool())
+    vulnerability, own, features = figures
+    return LayerMap(names, vulnerability, own, features, columns[-1].bool())
 
 
 def read_layers(tensors: Mapping[str, Tensor], known: Sequence[str]) -> tuple[LayerDamage, ...]:

@@ -212,10 +212,12 @@ def test_a_search_that_was_killed_ends_with_the_same_map() -> None:
 
 def test_one_search_serves_every_setting_that_does_not_decide_it() -> None:
     victim = toy_victim()
-    keys = {
-        name: toy_job(DTA, params, victim, LINF).key()
-        for name, params in {"plain": {}, "steps": {"steps": 3, "noise": 0.5}, "top": {"top": 1}}.items()
+    settings: dict[str, dict[str, object]] = {
+        "plain": {},
+        "steps": {"steps": 3, "noise": 0.5},
+        "top": {"top": 1},
     }
+    keys = {name: toy_job(DTA, params, victim, LINF).key() for name, params in settings.items()}
     assert keys["plain"] == keys["steps"] != keys["top"]
     assert fit_toy(DTA, {}, victim, LINF).provenance.params.keys() == set(DTA.fitted_by or ())
 
@@ -361,7 +363,7 @@ def trained() -> ToyVictim:
             batch = torch.arange(step * 40, step * 40 + 40) % len(images)
             optimizer.zero_grad()
             loss = F.cross_entropy(top(encoder(images[batch])), labels[batch])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             low = low + 1 if float(loss.detach()) < 0.05 else 0
             if low == 10:

@@ -24,7 +24,7 @@ def write(page: Path, work: Path) -> None:
     runs = {
         path.name: read_report(path) for path in sorted((work / "runs").iterdir()) if (path / "report.json").exists()
     }
-    grid = {name: report for name, report in runs.items() if name.startswith("grid-")}
+    grid = {name: report for name, report in runs.items() if name.startswith(("grid-", "low-"))}
     sections = [
         _head(runs, grid),
         _answer(grid, work),
@@ -79,7 +79,10 @@ def _answer(grid: dict[str, Report], work: Path) -> str:
         own = [c for c in cells if c.encoder == source]
         for other in _others(own):
             row = [_short(source), other]
-            for eps in _budgets(own):
+            for eps in _budgets(cells):
+                if eps not in _budgets(own):
+                    row.append("-")
+                    continue
                 won, lost, gain = _paired(own, other, eps, work, grid)
                 row.append(f"{gain:+.0f} ({won} / {lost})")
             rows.append(tuple(row))
@@ -95,34 +98,33 @@ def _answer(grid: dict[str, Report], work: Path) -> str:
 
 def _victims(grid: dict[str, Report]) -> str:
     """What the heads are: how they were tuned, how far from the public encoder, how good."""
-    rows = []
+    rows: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for report in grid.values():
         clean = {(c.head, c.data): c.metrics["clean_accuracy"].value for c in report.cells}
         for head in report.heads:
             s = head.settings
-            rows.append(
-                (
-                    _short(head.encoder),
-                    _short(head.data),
-                    head.head,
-                    percent(clean[head.head, head.data]),
-                    "-" if "feature_cosine" not in s else f"{s['feature_cosine']:.2f}",
-                    str(s.get("trainable_parameters", "-")),
-                    "-" if "best_epoch" not in s else f"{s['best_epoch']} of {s['epochs_run']}",
-                    "-" if "seconds" not in s else f"{s['seconds']:.0f} s",
-                )
+            tuned = "tuned_sha256" in s
+            figures = (
+                f"{percent(s['probe_held_out_accuracy'])} to {percent(s['held_out_accuracy'])}" if tuned else "-",
+                f"{s['feature_cosine']:.2f}" if tuned else "-",
+                str(s["trainable_parameters"]) if tuned else "-",
+                f"{s['best_epoch']} of {s['epochs_run']}" if tuned else "-",
+                f"{s['seconds']:.0f} s" if tuned else "-",
             )
+            names = (_short(head.encoder), _short(head.data), head.head)
+            rows.setdefault(names, (*names, percent(clean[head.head, head.data]), *figures))
     header = (
         "encoder",
         "data",
         "head",
         "clean accuracy",
+        "held out, probe to tuned",
         "cosine to public features",
         "trained weights",
         "best epoch",
         "took",
     )
-    return f"## The victims\n\n{table(header, rows)}"
+    return f"## The victims\n\n{table(header, rows.values())}"
 
 
 def _encoder(source: str, grid: dict[str, Report], work: Path) -> str:

@@ -175,6 +175,18 @@ FINDINGS: dict[str, FindingKind] = {
         advice="Repair or remove the named files; the head was fitted without them.",
         source="ours",
     ),
+    "barely_tuned": FindingKind(
+        level="warning",
+        title="a tuned victim is hardly another network than the public encoder",
+        advice="Read its figures as those of a linear head; give it more training images before you call it tuned.",
+        source="ours",
+    ),
+    "tuned_below_probe": FindingKind(
+        level="warning",
+        title="a tuned victim is worse on held-out images than the linear head it started from",
+        advice="Nobody would ship it: give it more training images, or audit another scheme.",
+        source="ours",
+    ),
     "stretched_artifact": FindingKind(
         level="warning",
         title="a pattern is used otherwise than it was fitted for",

@@ -112,6 +112,9 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "heads": [
                 (h.encoder, h.data, h.head, h.num_classes, h.settings.get("train_samples")) for h in report.heads
             ],
+            "tuned heads (share $RBX_CACHE, or save one and pass file:HEAD)": [
+                (proof.encoder, proof.data, proof.tuned) for proof in report.proofs
+            ],
             "artefacts (fit once with rbx fit and pass the file)": [
                 (cell.id, None if cell.fit is None else cell.fit.sha256) for cell in report.cells
             ],

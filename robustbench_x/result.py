@@ -257,7 +257,8 @@ class StageProof(_Stored):
     """What one encoder on one data set was, beyond its names: enough to tell whether it changed since.
 
     `images` digests the ids, labels and pixels of the evaluated samples; `answers` holds, for each head, what the
-    victim makes of two fixed images, which shows changed code or heads where a digest of weights does not.
+    victim makes of two fixed images, which shows changed code or heads where a digest of weights does not. `tuned` has
+    the digest of every head's own encoder: one that was tuned again may answer alike and still be another victim.
     """
 
     encoder: str
@@ -265,6 +266,7 @@ class StageProof(_Stored):
     sha256: str
     images: str
     answers: dict[str, tuple[float, ...]]
+    tuned: dict[str, str] = {}
 
 
 class RunInfo(_Stored):

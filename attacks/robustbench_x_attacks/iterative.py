@@ -76,6 +76,7 @@ def ascend(
     draws: int = 1,
     best: "Best | None" = None,
     start: Tensor | None = None,
+    random_loss: bool = False,
 ) -> "Best":
     """Runs the loop over the whole batch and returns the best images found.
 
@@ -89,6 +90,8 @@ def ascend(
         draws: Passes averaged per step, for a victim that draws anew each time (EOT, Athalye et al. 2018).
         best: Continues from an earlier result: fooled samples are skipped unless the view is exhaustive.
         start: Where the first walk starts, inside the budget, in place of the clean or a random point.
+        random_loss: The loss draws anew at every call, so that two steps cannot be compared by it: the last images are
+            kept, not those of the luckiest draw. Only for losses that know no margin.
     """
     best = best or Best(view.inputs)
     if view.threat.radius == 0:
@@ -103,7 +106,8 @@ def ascend(
         else:
             first = view.threat.start(inputs, view.random, index) if random_start or restart else inputs.clone()
         walk = Walk(threat=view.threat, index=index, inputs=inputs, images=first, previous=first)
-        _walk(view, walk, objective, rule, steps, draws, best, judge_last=restarts > 1)
+        _walk(view, walk, objective, rule, steps, draws, best, judge_last=restarts > 1, random_loss=random_loss)
+    best.spoil()
     return best
 
 
@@ -116,6 +120,7 @@ class Best:
         self.score = torch.full((len(inputs),), -torch.inf, device=inputs.device)
         self.fooled = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         self._safely = self.fooled.clone()
+        self._broken = self.fooled.clone()
 
     def pending(self, *, exhaustive: bool) -> Tensor:
         """Positions of the samples still worth attacking."""
@@ -139,6 +144,14 @@ class Best:
         open_ = ~self.fooled[index]
         self.images[index[open_]] = images[open_].detach()
 
+    def breaks(self, index: Tensor, broken: Tensor) -> None:
+        """Notes which of `index` met a gradient that is NaN or infinite, which no step can follow."""
+        self._broken[index] |= broken
+
+    def spoil(self) -> None:
+        """Makes NaN of what broke and fools nothing: the judge turns it into an error, never into robustness."""
+        self.images[self._broken & ~self.fooled] = torch.nan
+
     def done(self, index: Tensor) -> Tensor:
         """Which of `index` are fooled by a safe margin."""
         return self._safely[index]
@@ -154,19 +167,27 @@ def _walk(
     best: Best,
     *,
     judge_last: bool,
+    random_loss: bool,
 ) -> None:
     knows_margin = True
     for step in range(steps):
         walk.step = step
         result = _evaluate(walk, objective, draws)
+        broken = ~walk.gradient.isfinite().flatten(1).all(dim=1)
+        best.breaks(walk.index, broken)
+        walk.gradient[broken] = 0  # torch's sign of NaN is 0: the image would stand still and pass for robust
         knows_margin = result.margin is not None
-        best.offer(walk.index, walk.images, result)
+        if not random_loss:
+            best.offer(walk.index, walk.images, result)
         if not view.exhaustive and (leaving := best.done(walk.index)).any():
             walk.keep(~leaving)
             if not len(walk.index):
                 return
         images = rule(walk)
         walk.previous, walk.images = walk.images, images
+    if random_loss:
+        best.settle(walk.index, walk.images)
+        return
     if judge_last or not knows_margin:
         with torch.no_grad():
             best.offer(walk.index, walk.images, objective(walk.images, walk.index))

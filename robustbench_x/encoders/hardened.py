@@ -73,6 +73,11 @@ def _load(source: str, path: Path, options: EncoderOptions, registry: "Registry"
             f"{source} was made from {made.encoder} with sha256 {made.encoder_sha256}, but that has "
             f"{base.encoder.sha256} here"
         )
+    if base.encoder.input_size != made.input_size:
+        raise SourceError(
+            f"{source} was trained at {made.input_size[0]}x{made.input_size[1]} pixels, but {made.encoder} runs at "
+            f"{base.encoder.input_size[0]}x{base.encoder.input_size[1]} here"
+        )
     # A copy: what a user's function returns may be in use elsewhere.
     backbone: nn.Module = copy.deepcopy(base.encoder.backbone)
     load_strictly(backbone, artifact.tensors, source)

@@ -24,7 +24,7 @@ class TimmBackbone(nn.Module):
 
     A layer carries the name of the module that computes it (`blocks.3`, `stages.1`), checked once on a
     random image; a stage whose output is no module's is called `stage.K`. `parts` are the attention and the MLP
-    inside a transformer block (`blocks.3.attn`, `blocks.3.mlp`): what each adds to the tokens that pass by.
+    inside a transformer block (`blocks.3.attn`, `blocks.3.mlp`): their own outputs, before any layer scale.
 
     Args:
         model: Without its classifier, see `split_classifier`.

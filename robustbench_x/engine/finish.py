@@ -38,6 +38,9 @@ __all__ = ["Evidence", "finish", "make_report", "now", "write_results"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "kornia", "torchattacks", "numpy", "pillow", "pyarrow")
 
+_BARELY = 0.995
+"""A cosine of tuned to public features above this is no tuning: rounding and a few dozen steps reach it."""
+
 
 def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registry) -> Report:
     """Assembles the report from what is on disk, writes every result file, then drops the working state.
@@ -176,10 +179,29 @@ def _training_findings(heads: Sequence[HeadInfo]) -> list[Finding]:
     """Training images that could not be read, once per head."""
     found = []
     for head in heads:
+        found += _tuning_findings(head)
         count, names = head.settings.get("unreadable", 0), head.settings.get("unreadable_first", [])
         if count:
             text = f"{head.data}, head {head.head}: {count} training images left out: {'; '.join(names)}"
             found.append(finding("unreadable_images", text))
+    return found
+
+
+def _tuning_findings(head: HeadInfo) -> list[Finding]:
+    """A tuned victim that is none, or one that tuning made worse."""
+    made, where = head.settings, f"{head.encoder}, head {head.head} on {head.data}"
+    if "tuned_sha256" not in made:
+        return []
+    found = []
+    if made["feature_cosine"] > _BARELY:
+        text = f"{where}: its features have a cosine of {made['feature_cosine']:.4f} to the public ones"
+        found.append(finding("barely_tuned", text))
+    if made["held_out_loss"] > made["probe_held_out_loss"]:
+        text = (
+            f"{where}: held-out loss {made['held_out_loss']:.3g}, the probe's {made['probe_held_out_loss']:.3g}; "
+            f"accuracy {made['held_out_accuracy']:.3f}, the probe's {made['probe_held_out_accuracy']:.3f}"
+        )
+        found.append(finding("tuned_below_probe", text))
     return found
 
 

@@ -10,7 +10,7 @@ __all__ = ["with_layer_maps"]
 def with_layer_maps(info: EncoderInfo, cells: Sequence[CellResult]) -> EncoderInfo:
     """`info` with the layer map of every artefact that `cells` on this encoder were attacked with, once each."""
     maps = {
-        (cell.attack, cell.fit.sha256, cell.fit.threat.eps, cell.fit.defense): LayerMapInfo(
+        (cell.attack, cell.fit.sha256, cell.fit.threat, cell.fit.defense, cell.fit.knowledge): LayerMapInfo(
             attack=cell.attack,
             threat=cell.fit.threat,
             defense=cell.fit.defense,

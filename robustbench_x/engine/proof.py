@@ -19,12 +19,17 @@ def proof_of(stage: StageAtWork) -> StageProof:
         sha256=stage.encoder.sha256,
         images=stage.data_digest(),
         answers={name: tuple(values) for name, values in stage.answers().items()},
+        tuned={name: head.encoder.sha256 for name, head in stage.heads.items() if head.encoder is not None},
     )
 
 
 def same_proof(stored: StageProof, now: StageProof) -> bool:
-    """Whether two proofs are of the same weights, images and answers."""
-    return (stored.sha256, stored.images) == (now.sha256, now.images) and same_answers(stored, now)
+    """Whether two proofs are of the same weights, images and answers.
+
+    Tuned weights count to the bit: trained again elsewhere, they answer alike and are another victim all the same.
+    """
+    same = (stored.sha256, stored.images, stored.tuned) == (now.sha256, now.images, now.tuned)
+    return same and same_answers(stored, now)
 
 
 def same_answers(stored: StageProof, now: StageProof) -> bool:

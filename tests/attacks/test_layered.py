@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustbench_x.encoders.encoder import Encoder, Preprocessing, Tokens
 from robustbench_x.errors import AttackError
 from robustbench_x.fitting.layer_map import unpack_layers
-from robustbench_x.fitting.loop import run_training
+from robustbench_x.fitting.loop import batch_index, run_training
 from robustbench_x.heads import linear
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.plugin import AttackSpec
@@ -22,9 +22,11 @@ from robustbench_x.testing import ToyVictim, fit_toy, make_view, toy_victim
 from robustbench_x.testing.toys import toy_job
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderHandle, EncoderView, Meter
+from robustbench_x_attacks.iterative import Evaluation, ascend
 from robustbench_x_attacks.layered.search import damage_of, strongest
 from robustbench_x_attacks.layered.tokens import chosen_tokens, layer_tokens, token_distance
 from robustbench_x_attacks.layered.umi_grat import robust_norm
+from robustbench_x_attacks.steps import momentum, steepest
 
 REGISTRY = load_registry()
 DTA = REGISTRY.attacks["dta"]
@@ -100,6 +102,14 @@ def test_centred_tokens_lose_what_all_have_in_common() -> None:
     centred = token_distance({"a": tokens + centre}, {"a": clean + centre}, {"a": centre})
     assert float(raw) < 0.01
     assert float(centred) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_tokens_that_are_zero_before_and_after_have_not_moved() -> None:
+    tokens, clean = torch.ones(2, 4, 3), torch.ones(2, 4, 3)
+    tokens[:, 0] = clean[:, 0] = 0
+    assert float(token_distance({"a": tokens}, {"a": clean}).abs().max()) < 1e-6
+    tokens[:, 0] = 1.0
+    assert token_distance({"a": tokens}, {"a": clean}).flatten().tolist() == pytest.approx([0.25, 0.25])
 
 
 def test_tokens_are_all_spatial_or_class_tokens() -> None:
@@ -203,11 +213,16 @@ def test_a_search_that_was_killed_ends_with_the_same_map() -> None:
 
     whole = trained()
     first = job.attack.trainer(view)
-    assert first.steps == 1, "24 images are one batch of 16 and a rest that is left"
+    assert (first.steps, first.batch) == (2, 16), "24 images are a batch of 16 and one of 8"
     again = job.attack.trainer(view)
-    first.step(0, torch.arange(16))
+    order = [batch_index(number, batch=16, pool=24, seed=view.seed) for number in range(2)]
+    first.step(0, order[0])
     again.restore(first.state())
-    assert all(torch.equal(first.result()[name], again.result()[name]) for name in whole)
+    again.step(1, order[1])
+    assert all(torch.equal(whole[name], again.result()[name]) for name in whole)
+    assert int(again.state()["count"]) == 24
+    few = DTA.build({"search_images": 5}).trainer(view)
+    assert (few.steps, few.batch) == (1, 5)
 
 
 def test_one_search_serves_every_setting_that_does_not_decide_it() -> None:
@@ -230,6 +245,50 @@ def test_given_layers_need_no_search_and_no_surrogate() -> None:
     assert artifact.provenance.steps == artifact.provenance.forwards == 0
     images = DTA.build({"layers": "late"}).run(make_view("encoder", victim, LINF))
     assert _beats_noise(victim, images)
+
+
+def test_a_map_decides_layers_and_tokens_whatever_the_parameters_say() -> None:
+    encoder = _vit()
+    images = _pictures(4)[0]
+    toy = ToyVictim(encoder=encoder, head=toy_victim().head, images=images, labels=torch.zeros(4, dtype=torch.long))
+    made = fit_toy(DTA, {"tokens": "class", "top": 4, "search_images": 4}, toy, LINF).tensors
+    by_map = DTA.build({"top": 1}).run(make_view("encoder", toy, LINF, artifact=made))
+    given: dict[str, object] = {"tokens": "class", "layers": ",".join(encoder.layers)}
+    assert torch.allclose(by_map, DTA.build(given).run(make_view("encoder", toy, LINF)), atol=1e-6)
+
+
+def test_a_loss_that_draws_anew_keeps_the_last_images_not_the_luckiest() -> None:
+    victim = toy_victim(num_images=4)
+    view = _view(victim.encoder, victim.images, LINF)
+    seen: list[Tensor] = []
+
+    def objective(images: Tensor, index: Tensor) -> Evaluation:
+        seen.append(images.detach().clone())
+        # The first draw is the luckiest by far.
+        return Evaluation(images.flatten(1).mean(dim=1) + (100.0 if len(seen) == 1 else 0.0), None)
+
+    rule = steepest(2 / 255)
+    lucky = ascend(view, objective, rule, steps=4, random_start=False).images
+    assert torch.equal(lucky, seen[0])
+    seen.clear()
+    last = ascend(view, objective, rule, steps=4, random_start=False, random_loss=True).images
+    assert len(seen) == 4, "nothing is evaluated that decides nothing"
+    assert torch.allclose(last, view.threat.project(victim.images + 8 / 255, victim.images), atol=1e-6)
+
+
+def test_a_gradient_that_is_nan_does_not_pass_for_standing_still() -> None:
+    victim = toy_victim(num_images=2)
+    view = _view(victim.encoder, victim.images, LINF)
+
+    def objective(images: Tensor, index: Tensor) -> Evaluation:
+        scale = torch.where(index == 0, torch.nan, 1.0).view(-1, 1, 1, 1)
+        return Evaluation((images * scale).flatten(1).mean(dim=1), None)
+
+    for rule in (momentum(2 / 255, 1.0), steepest(2 / 255)):
+        for random_loss in (True, False):
+            images = ascend(view, objective, rule, steps=2, random_start=True, random_loss=random_loss).images
+            assert not images[0].isfinite().any(), "an error row, not a robust image"
+            assert images[1].isfinite().all()
 
 
 def test_without_a_map_the_attack_says_how_to_get_one() -> None:
@@ -396,7 +455,7 @@ def test_dta_beats_noise_and_is_no_weaker_than_embed_on_a_trained_vit(trained: T
     threat = ThreatModel(eps=16 / 255)
     noise = _fooled(trained, _run(REGISTRY.attacks["noise"], trained, threat))
     embed = _fooled(trained, _run(REGISTRY.attacks["embed"], trained, threat, steps=10))
-    dta = _fooled(trained, _run(DTA, trained, threat))
+    dta = _fooled(trained, _run(DTA, trained, threat, top=1))  # the default, three, is most of four layers
     assert float(dta.float().mean()) > float(noise.float().mean()) + 0.3
     lost, gained = int((embed & ~dta).sum()), int((dta & ~embed).sum())
     assert gained >= lost or mcnemar_exact(lost, gained) > 0.05, (lost, gained)

@@ -35,12 +35,15 @@ from robustbench_x.data.dataset import open_dataset
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine import run_audit
+from robustbench_x.engine.finish import _training_findings
+from robustbench_x.engine.proof import same_proof
 from robustbench_x.errors import MissingExtraError, RunError
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.heads.build import build_head
 from robustbench_x.heads.saved import save_head
 from robustbench_x.plan import make_plan
 from robustbench_x.report.markdown import render_markdown
+from robustbench_x.result import HeadInfo, StageProof
 from robustbench_x.victim import DefendedEncoder
 from robustbench_x.views import EncoderView, QueryView, WhiteboxView
 
@@ -411,3 +414,40 @@ def test_what_a_tuned_head_needs_is_said_before_anything_is_loaded(
     with pytest.raises(MissingExtraError, match="head lora needs the package peft"):
         make_plan(audit_config(images, head=["linear", "lora"]), registry())
     make_plan(audit_config(images, head=["linear", "full", "adapter"]), registry())
+
+
+def test_a_victim_that_was_tuned_again_is_another_one_even_where_it_answers_alike() -> None:
+    values: dict[str, Any] = {
+        "encoder": "e",
+        "data": "d",
+        "sha256": "0",
+        "images": "1",
+        "answers": {"lora": (1.0, 2.0)},
+    }
+    stored = StageProof(**values, tuned={"lora": "a" * 64})
+    assert same_proof(stored, StageProof(**values, tuned={"lora": "a" * 64}))
+    assert not same_proof(stored, StageProof(**values, tuned={"lora": "b" * 64}))
+    assert not same_proof(StageProof(**values), stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ids"),
+    [
+        ({}, []),
+        ({"feature_cosine": 0.999}, ["barely_tuned"]),
+        ({"held_out_loss": 0.3}, ["tuned_below_probe"]),
+    ],
+)
+def test_a_victim_that_tuning_hardly_changed_or_made_worse_is_doubted(changes: dict[str, Any], ids: list[str]) -> None:
+    settings = {
+        "tuned_sha256": "0",
+        "feature_cosine": 0.9,
+        "held_out_loss": 0.1,
+        "probe_held_out_loss": 0.2,
+        "held_out_accuracy": 0.9,
+        "probe_held_out_accuracy": 0.8,
+        **changes,
+    }
+    head = HeadInfo(encoder="e", data="d", head="lora", num_classes=3, settings=settings)
+    assert [f.id for f in _training_findings([head])] == ids
+    assert _training_findings([head.model_copy(update={"settings": {}})]) == []

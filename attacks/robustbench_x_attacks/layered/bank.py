@@ -1,5 +1,6 @@
 """A bank of surrogate features: what an attacker knows of natural images without any label."""
 
+import math
 from collections.abc import Mapping
 from typing import final
 
@@ -28,17 +29,19 @@ class BankTrainer:
     def __init__(self, view: FitView, images: int) -> None:
         count = min(images, len(view.surrogate))
         self.batch = min(_BATCH, count)
-        self.steps = count // self.batch
+        self.steps = math.ceil(count / self.batch)
         self._view = view
-        self._rows = torch.zeros(self.steps * self.batch, view.encoder.feature_dim)
+        self._rows = torch.zeros(count, view.encoder.feature_dim)
 
     @torch.no_grad()
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         """See `Trainer`; the term is the mean norm of the features."""
+        first = number * self.batch
+        index = index[: len(self._rows) - first]
         features = self._view.encoder.features(self._view.surrogate.batch(index)).cpu()
         if not features.isfinite().all():
             raise AttackError(f"the features of surrogate batch {number} hold NaN or infinity")
-        self._rows[number * self.batch : (number + 1) * self.batch] = features
+        self._rows[first : first + len(index)] = features
         return {"norm": features.norm(dim=1).mean()}
 
     def state(self) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class NRDM(_OneLayer):
     """
 
     def run(self, view: EncoderView) -> Tensor:
-        """Adversarial images; access `encoder`."""
+        """Adversarial images; access `encoder`. AttackError where the encoder has no such layer."""
         return self._ascend(view, losses.feature_l2)
 
 
@@ -82,7 +82,7 @@ class SSPImage(_OneLayer):
     depth: float = param(0.4, _DEPTH_HELP)
 
     def run(self, view: EncoderView) -> Tensor:
-        """Adversarial images; access `encoder`."""
+        """Adversarial images; access `encoder`. AttackError where the encoder has no such layer."""
         return self._ascend(view, lambda maps, clean: losses.feature_l2(maps.square(), clean.square()))
 
 
@@ -98,7 +98,7 @@ class DRImage(_OneLayer):
     depth: float = param(0.25, _DEPTH_HELP)
 
     def run(self, view: EncoderView) -> Tensor:
-        """Adversarial images; access `encoder`."""
+        """Adversarial images; access `encoder`. AttackError where the encoder has no such layer."""
         return self._ascend(view, lambda maps, clean: -maps.flatten(1).std(dim=1))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from torch import Tensor
 from robustbench_x.errors import AttackError
 from robustbench_x.fitting.layer_map import unpack_layers
 from robustbench_x.plugin import AttackSpec, Fitted, Trainer, param
-from robustbench_x.views import EncoderView, FitView
+from robustbench_x.views import EncoderHandle, EncoderView, FitView
 from robustbench_x_attacks.iterative import Evaluation, StepRule, ascend
-from robustbench_x_attacks.layered.search import SearchTrainer, candidates_of, damage_of, strongest
+from robustbench_x_attacks.layered.search import TOKENS, SearchTrainer, candidates_of, damage_of, strongest
 from robustbench_x_attacks.layered.tokens import POOLED, Which, layer_tokens, token_distance
 from robustbench_x_attacks.steps import apgd, momentum, steepest
 
@@ -75,37 +75,41 @@ class DTA(Fitted):
 
     def trainer(self, view: FitView) -> Trainer:
         """The layer search; access `encoder`. It looks at nothing where the layers are given."""
-        names = () if self._given() else candidates_of(view.encoder, self.output)
+        given = self._given()
+        _check_known(view.encoder, given)
+        names = () if given else candidates_of(view.encoder, self.output)
         return SearchTrainer(
             view,
             layers=names,
             which=self.tokens,
             top=self.top,
-            images=0 if self._given() or self.search == "image" else self.search_images,
+            images=0 if given or self.search == "image" else self.search_images,
             batch=_SEARCH_BATCH,
             steps=self.search_steps,
+            draws=self.eot,
         )
 
     def run(self, view: EncoderView) -> Tensor:
         """Adversarial images; access `encoder`.
 
         Raises:
-            AttackError: A layer is unknown, or there is no layer map and none was asked to be made.
+            AttackError: A layer is unknown, or there is no layer map of this encoder and these tokens.
         """
         if view.threat.radius == 0:
             return view.inputs.clone()
         names, weights = self._chosen(view)
+        which = self._which(view)
         if self.pooled:
             names = [*names, POOLED]
             weights = torch.cat([weights, weights.new_full((len(weights), 1), self.pooled)], dim=1)
         with torch.no_grad():
-            clean = layer_tokens(view.encoder, view.inputs, names, self.tokens)
+            clean = layer_tokens(view.encoder, view.inputs, names, which)
             spread = {name: value.std(dim=(1, 2), keepdim=True) for name, value in clean.items()}
 
         def objective(images: Tensor, index: Tensor) -> Evaluation:
             if self.diversity:
                 images = _diverse(view, images, index, self.diversity)
-            tokens = layer_tokens(view.encoder, images, names, self.tokens)
+            tokens = layer_tokens(view.encoder, images, names, which)
             kept = {name: value[index] for name, value in clean.items()}
             if self.noise:
                 kept = {
@@ -114,29 +118,46 @@ class DTA(Fitted):
             return Evaluation((token_distance(tokens, kept) * weights[index]).sum(dim=1), None)
 
         draws = max(self.average, self.eot if view.encoder.stochastic else 1)
-        return ascend(view, objective, self._rule(view), steps=self.steps, random_start=True, draws=draws).images
+        return ascend(
+            view,
+            objective,
+            self._rule(view),
+            steps=self.steps,
+            random_start=True,
+            draws=draws,
+            random_loss=bool(self.diversity or self.noise),
+        ).images
 
     def _given(self) -> list[str]:
-        return [name for part in self.layers.split(",") if (name := part.strip())]
+        return list(dict.fromkeys(name for part in self.layers.split(",") if (name := part.strip())))
 
     def _chosen(self, view: EncoderView) -> tuple[list[str], Tensor]:
         """The layers that any image is attacked at, and each image's weight on each, `(N, L)`."""
         given = self._given()
         if given:
             return given, view.inputs.new_full((len(view.inputs), len(given)), 1 / len(given))
-        names = candidates_of(view.encoder, self.output)
         if self.search == "image":
-            chosen = strongest(damage_of(view, names, self.tokens, self.search_steps).spread, self.top)
+            names = candidates_of(view.encoder, self.output)
+            draws = self.eot if view.encoder.stochastic else 1
+            chosen = strongest(damage_of(view, names, self.tokens, self.search_steps, draws).spread, self.top)
         else:
             found = unpack_layers(view.artifact or {})
-            if found is None or found.names != tuple(names):
+            if found is None or not set(found.names) <= {*view.encoder.layers, *view.encoder.parts}:
                 raise AttackError(
                     "dta has no layer map of this encoder: let rbx audit make one, name layers=..., or use search=image"
                 )
+            names = found.names
             chosen = found.chosen.to(view.inputs.device).expand(len(view.inputs), -1)
         used = chosen.any(dim=0)
-        weights = chosen[:, used].float() / min(self.top, len(names))
+        weights = chosen[:, used].float() / chosen.sum(dim=1, keepdim=True)
         return [name for name, kept in zip(names, used.tolist(), strict=True) if kept], weights
+
+    def _which(self, view: EncoderView) -> Which:
+        """The tokens that are compared: those that the layer map is of, where there is one."""
+        if view.artifact is None or TOKENS not in view.artifact:
+            return self.tokens
+        choices: tuple[Which, ...] = get_args(Which)
+        return choices[int(view.artifact[TOKENS])]
 
     def _rule(self, view: EncoderView) -> StepRule:
         radius = view.threat.radius
@@ -148,6 +169,14 @@ class DTA(Fitted):
             "apgd": apgd(self.steps),
         }
         return rules[self.rule]
+
+
+def _check_known(encoder: EncoderHandle, layers: Sequence[str]) -> None:
+    """Refuses a layer that the encoder does not have, before anything is attacked."""
+    known = (*encoder.layers, *encoder.parts, POOLED)
+    unknown = [name for name in layers if name not in known]
+    if unknown:
+        raise AttackError(f"the encoder has no layer '{unknown[0]}'; it has {', '.join(known)}")
 
 
 def _diverse(view: EncoderView, images: Tensor, index: Tensor, probability: float) -> Tensor:

@@ -1,7 +1,8 @@
 """The layer search: attack every layer alone and see how far the damage done there spreads over all layers."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,10 @@ from robustbench_x_attacks.iterative import Evaluation, Objective, ascend
 from robustbench_x_attacks.layered.tokens import Which, layer_tokens, token_distance
 from robustbench_x_attacks.steps import steepest
 
-__all__ = ["Damage", "SearchTrainer", "candidates_of", "damage_of", "strongest"]
+__all__ = ["TOKENS", "Damage", "SearchTrainer", "candidates_of", "damage_of", "strongest"]
+
+TOKENS = "tokens"
+"""The artefact's tensor that says which tokens the map is of, as a place in the choices of `Which`."""
 
 
 class Damage(NamedTuple):
@@ -43,7 +47,7 @@ def candidates_of(encoder: EncoderHandle, part: str) -> tuple[str, ...]:
     return names
 
 
-def damage_of(view: EncoderView, layers: Sequence[str], which: Which, steps: int) -> Damage:
+def damage_of(view: EncoderView, layers: Sequence[str], which: Which, steps: int, draws: int = 1) -> Damage:
     """Attacks each of `layers` alone for `steps` sign steps and measures what becomes of the tokens and the features.
 
     Args:
@@ -51,6 +55,7 @@ def damage_of(view: EncoderView, layers: Sequence[str], which: Which, steps: int
         layers: Names of layers or parts.
         which: The tokens that are compared.
         steps: Gradient steps per layer, each of 2.5 * eps / steps.
+        draws: Passes averaged per step, for a defence that draws anew each time.
     """
     encoder = view.encoder
     names = list(dict.fromkeys([*encoder.layers, *layers]))
@@ -61,7 +66,7 @@ def damage_of(view: EncoderView, layers: Sequence[str], which: Which, steps: int
     damages = []
     for layer in layers:
         objective = _away(view, {layer: clean[layer]}, which)
-        images = ascend(view, objective, rule, steps=steps, random_start=True).images
+        images = ascend(view, objective, rule, steps=steps, random_start=True, draws=draws).images
         with torch.no_grad():
             tokens = layer_tokens(encoder, images, names, which)
             everywhere = {name: tokens[name] for name in encoder.layers}
@@ -98,13 +103,25 @@ class SearchTrainer:
         images: Surrogate images looked at; 0 searches nothing.
         batch: Images per step.
         steps: Gradient steps per layer.
+        draws: Passes averaged per step where the defence is random.
     """
 
     def __init__(
-        self, view: FitView, *, layers: Sequence[str], which: Which, top: int, images: int, batch: int, steps: int
+        self,
+        view: FitView,
+        *,
+        layers: Sequence[str],
+        which: Which,
+        top: int,
+        images: int,
+        batch: int,
+        steps: int,
+        draws: int,
     ) -> None:
-        self.batch = min(batch, len(view.surrogate)) if images else 0
-        self.steps = max(1, min(images, len(view.surrogate)) // self.batch) if images else 0
+        self._images = min(images, len(view.surrogate))
+        self.batch = min(batch, self._images)
+        self.steps = math.ceil(self._images / self.batch) if images else 0
+        self._draws = draws if view.encoder.stochastic else 1
         self._view = view
         self._layers = tuple(layers)
         self._which = which
@@ -116,7 +133,7 @@ class SearchTrainer:
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         """See `Trainer`; the terms are the damage that the strongest and the weakest layer have done so far."""
         view = self._view
-        inputs = view.surrogate.batch(index)
+        inputs = view.surrogate.batch(index[: self._images - number * self.batch])
         seeds = [derive_seed(view.seed, "search", number, place) for place in range(len(inputs))]
         handed = EncoderView(
             inputs=inputs,
@@ -125,7 +142,7 @@ class SearchTrainer:
             exhaustive=True,
             encoder=view.encoder,
         )
-        damage = damage_of(handed, self._layers, self._which, self._inner)
+        damage = damage_of(handed, self._layers, self._which, self._inner, self._draws)
         self._sums += torch.stack([part.double().sum(dim=0).cpu() for part in damage])
         self._count += len(inputs)
         mean = self._sums[0] / self._count
@@ -144,7 +161,8 @@ class SearchTrainer:
         if not self.steps:
             return {}
         spread, own, features = self._sums / self._count
-        return pack_layers(LayerMap(self._layers, spread, own, features, strongest(spread, self._top)))
+        found = LayerMap(self._layers, spread, own, features, strongest(spread, self._top))
+        return {**pack_layers(found), TOKENS: torch.tensor(get_args(Which).index(self._which))}
 
 
 def _away(view: EncoderView, clean: Mapping[str, Tensor], which: Which) -> Objective:

@@ -77,5 +77,8 @@ def token_distance(
         other = clean[name]
         if centres is not None:
             found, other = found - centres[name], other - centres[name]
-        distances.append(1 - F.cosine_similarity(found, other, dim=-1).mean(dim=1))
+        similarity = F.cosine_similarity(found, other, dim=-1)
+        # Two tokens that are both zero (a dead position of a ReLU network) have not moved; their cosine is no number.
+        unmoved = (found == 0).all(dim=-1) & (other == 0).all(dim=-1)
+        distances.append(1 - similarity.masked_fill(unmoved, 1.0).mean(dim=1))
     return torch.stack(distances, dim=1)

@@ -83,6 +83,7 @@ class UMIGRAT(Fitted):
             random_start=self.first == 0,  # at the clean image every difference, and so the gradient, is zero
             draws=self.eot if view.encoder.stochastic else 1,
             start=self._start(view) if self.first else None,
+            random_loss=self.robust,
         )
         return best.images
 

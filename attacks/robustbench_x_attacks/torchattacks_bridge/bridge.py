@@ -35,6 +35,7 @@ class Bridge:
     """Base of every attack here; a subclass adds the entry and its parameters as dataclass fields."""
 
     entry: ClassVar[Entry]
+    family: ClassVar[str] = "torchattacks"
 
     def __post_init__(self) -> None:
         for knob in self.entry.all_knobs:
@@ -52,7 +53,7 @@ class Bridge:
             return inputs.clone()
         check_range(inputs)
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        _refuse(self.entry, values, view)
+        _refuse(self.entry, values, view, f"{self.family}:{self.entry.name}")
         with _contained(view):
             # A clone made out here is an ordinary tensor even where the view was built under inference mode.
             clean = inputs.clone().detach().float()
@@ -168,8 +169,7 @@ def _aim(entry: Entry, attack: Any, adapter: Adapter, clean: Tensor, labels: Ten
     return labels
 
 
-def _refuse(entry: Entry, values: Mapping[str, Any], view: View) -> None:
-    name = f"torchattacks:{entry.name}"
+def _refuse(entry: Entry, values: Mapping[str, Any], view: View, name: str) -> None:
     if view.threat.norm not in entry.norms:
         raise AttackError(f"{name} runs with {' or '.join(entry.norms)}, not with {view.threat.norm}")
     height, width = view.inputs.shape[-2:]

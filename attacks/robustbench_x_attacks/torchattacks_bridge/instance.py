@@ -28,6 +28,7 @@ class InstanceParams(Fitted):
 
     images: int = param(128, "surrogate images that an image is told apart from")
     temperature: float = param(0.1, "cosines are divided by this to make logits")
+    eot: int = param(10, "passes averaged per step when the victim is random")
 
     def trainer(self, view: FitView) -> Trainer:
         """The features of natural images; access `encoder`."""
@@ -37,11 +38,13 @@ class InstanceParams(Fitted):
 class InstanceBridge(Bridge):
     """Base of every `instance:NAME`; a subclass adds the entry, its parameters and those of `InstanceParams`."""
 
+    family = "instance"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         values: Any = self
-        if values.images < 1 or not values.temperature > 0:
-            raise ValueError("images must be at least 1 and temperature above 0")
+        if min(values.images, values.eot) < 1 or not values.temperature > 0:
+            raise ValueError("images and eot must be at least 1 and temperature above 0")
         if values.fit_encoder:
             raise ValueError(
                 "fit_encoder: the features of another encoder say nothing about this one's; leave it empty"
@@ -56,7 +59,8 @@ class InstanceBridge(Bridge):
         if not len(view.inputs) or view.threat.eps == 0:
             return view.inputs.clone()
         values: Any = self
-        head = InstanceHead(view, bank_of(view, f"instance:{self.entry.name}"), values.temperature)
+        draws = values.eot if view.encoder.stochastic else 1
+        head = InstanceHead(view, bank_of(view, f"instance:{self.entry.name}"), values.temperature, draws)
         posed = WhiteboxView(
             inputs=view.inputs,
             threat=view.threat,
@@ -80,14 +84,16 @@ class InstanceHead:
         view: The clean images and the encoder.
         bank: `(M, D)` features of natural images.
         temperature: Divides the cosines.
+        draws: Passes whose features are averaged, for a defence that draws anew each time.
     """
 
-    def __init__(self, view: EncoderView, bank: Tensor, temperature: float) -> None:
+    def __init__(self, view: EncoderView, bank: Tensor, temperature: float, draws: int = 1) -> None:
         self._encoder = view.encoder
+        self._draws = draws
         self._temperature = temperature
         self._bank = F.normalize(bank, dim=1)
         with torch.no_grad():
-            self._own = F.normalize(view.encoder.features(view.inputs), dim=1)
+            self._own = self._unit(view.inputs)
         self.num_classes = 1 + len(bank)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -100,6 +106,10 @@ class InstanceHead:
             raise AttackError(
                 f"the attack sent {len(images)} of {len(self._own)} images at once; rows must keep places"
             )
-        features = F.normalize(self._encoder.features(images), dim=1)
+        features = self._unit(images)
         own = (features * self._own).sum(dim=1, keepdim=True)
         return torch.cat([own, features @ self._bank.T], dim=1) / self._temperature
+
+    def _unit(self, images: Tensor) -> Tensor:
+        features = torch.stack([self._encoder.features(images) for _ in range(self._draws)])
+        return F.normalize(features.mean(dim=0), dim=1)

@@ -11,6 +11,7 @@ from torch import nn
 
 from robustbench_x import cache
 from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.fitting.ground import code_digest
 from robustbench_x.heads import _training, linear
 from robustbench_x.heads.features import Features, content_digest, fingerprint
 from robustbench_x.heads.tuning.overlay import join_tensors, rebuild, split_tensors
@@ -44,8 +45,9 @@ def supply_tuned(
 ) -> TunedVictim:
     """The victim that `tune` makes of these very arguments, now or earlier.
 
-    The key digests the scheme with its settings and the code that trains, the public weights and what they answer, the
-    pixels, the labels and the seed, but neither device nor batch size: they move a result by rounding only.
+    The key digests the scheme with its settings and the code that trains, the public weights and what they answer here,
+    the pixels, the labels and the seed. Another device answers in other last bits, so it trains a victim of its own;
+    the batch size outside the training is no part of it.
 
     Raises:
         RobustbenchError: As `tune`.
@@ -55,6 +57,7 @@ def supply_tuned(
     key = "tuned-" + content_digest(
         json.dumps(asked, sort_keys=True),
         _code(),
+        *(code_digest(part.__module__) for part in (scheme.attach, scheme.shape, scheme.settle)),
         encoder.sha256,
         fingerprint(encoder, device),
         tuple(found.levels.shape),

@@ -89,15 +89,14 @@ def configs(part: str, data: Sequence[str], work: Path, samples: int, device: st
             yield f"{short[ENCODERS[0]]}-{name}", audit(ENCODERS[0], everything(), data=source, eps=["1/255"])
     elif part == "variants":
         for encoder in ENCODERS:
-            budgets = ["2/255", "4/255"] if encoder == ENCODERS[0] else ["4/255"]
+            budgets = ["2/255"] if encoder == ENCODERS[0] else ["4/255"]
             heads = ("linear", "full")
             yield short[encoder], audit(encoder, variants(encoder), data=data[0], eps=budgets, head=heads)
     else:
         plain = ENCODERS[0]
         hardened = {name: harden(work, plain, name, device) for name in ("fare", "dta_training")}
         for name, source in {"before": plain, **hardened}.items():
-            budgets = ["2/255", "4/255"]
-            yield name, audit(source, everything(), data=data[0], eps=budgets, head=("linear", "mlp", "lora"))
+            yield name, audit(source, everything(), data=data[0], eps=["2/255", "4/255"], head=("linear", "mlp"))
 
 
 def everything() -> list[dict[str, Any]]:

@@ -235,8 +235,8 @@ def _hardening(runs: dict[str, Report]) -> str:
                 rows.append(tuple(row))
     note = (
         "EfficientNet-Lite0 on digits; ASR before and after training the encoder at 4/255 on 512 photographs (no digit "
-        "among them). After it the hardened encoder is the public one: every attack is made on it, and heads and LoRA "
-        "are trained anew on it."
+        "among them). After it the hardened encoder is the public one: every attack is made on it, and heads "
+        "are fitted anew on it."
     )
     table_ = table(("attack", "head", "eps", *found), rows)
     return f"## Does training on DTA examples harden?\n\n{note}\n\n{table_}"

@@ -133,6 +133,7 @@ def test_the_schema_on_disk_is_that_of_the_code() -> None:
 def test_help_is_instant_and_ends_with_0() -> None:
     script = f"""
 import sys, io, contextlib
+from robustbench_x.cli import main
 for args in {[["--help"], ["--version"], *[[name, "--help"] for name in COMMANDS]]!r}:
     sys.argv = ["rbx", *args]
     out = io.StringIO()

@@ -368,7 +368,7 @@ def test_an_interrupted_audit_goes_on_with_the_same_victims(
     first = _Told([], [], after=7)
     with pytest.raises(KeyboardInterrupt, match="stop here"):
         run_audit(_config(images), tmp_path / "out", registry=registry(), progress=first)
-    assert any("head full on" in text and "epoch 1 of 8" in text for text in first.tasks)
+    assert any("head full on" in text and "epoch 1 of" in text for text in first.tasks)
     assert sum("feature cosine to the public encoder" in line for line in first.lines) == 2
     if not keep_cache:
         shutil.rmtree(tmp_path / "cache")

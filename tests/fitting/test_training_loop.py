@@ -70,7 +70,7 @@ def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(
 ) -> None:
     whole = _train(spec, params, threat, tmp_path / "whole.safetensors")
     path = tmp_path / "part.safetensors"
-    for at in (1, 6):
+    for at in (1, whole.steps - 1):
         with pytest.raises(_KilledError, match="at a step"):
             _train(spec, params, threat, path, die=at)
     resumed = _train(spec, params, threat, path)

@@ -17,6 +17,7 @@ from robustbench_x.stats import mcnemar_exact
 TARGET = 0.90
 GAIN = 10
 CONTROLS = ("noise", "pgd")
+_MIDDLE, _HIGH = 4 / 255, 10 / 255
 
 
 def write(page: Path, work: Path) -> None:
@@ -88,12 +89,34 @@ def _answer(grid: dict[str, Report], work: Path) -> str:
             rows.append(tuple(row))
     budgets = [format_eps(eps) for eps in _budgets(cells)]
     paired = table(("encoder", "dta against", *budgets), rows)
-    return (
-        "## The answer\n\nMean attack success over four victims and three data sets, beside what a victim that always "
-        f"gives one class would score:\n\n{table(header, lines)}\n"
-        "`dta` minus each baseline in points of mean ASR, and in how many cells it is significantly ahead / behind "
-        f"(McNemar, exact, 5 %, paired by image, uncorrected):\n\n{paired}"
+    intro = (
+        "Mean attack success over the victims and data sets below, beside what a victim that always gives one class "
+        "would score:"
     )
+    against = (
+        "`dta` minus each baseline in points of mean ASR, and in how many cells it is significantly ahead / behind "
+        "(McNemar, exact, 5 %, paired by image, uncorrected):"
+    )
+    means = table(header, lines)
+    return f"{_targets(cells)}\n## The answer\n\n{intro}\n\n{means}\n{against}\n\n{paired}"
+
+
+def _targets(cells: Sequence[CellResult]) -> str:
+    """The issue's two targets against what was measured."""
+    rows = []
+    for source in dict.fromkeys(c.encoder for c in cells):
+        own = [c for c in cells if c.encoder == source]
+        if _HIGH in _budgets(own):
+            mean, goal = _asr(own, "dta", _HIGH), min(TARGET, _ceiling(own, _HIGH))
+            held = "reached" if mean >= goal else "not reached"
+            rows.append((f"{_short(source)}, 10/255, mean ASR", percent(mean), f"at least {percent(goal)}", held))
+        if _MIDDLE in _budgets(own):
+            gains = {o: 100 * (_asr(own, "dta", _MIDDLE) - _asr(own, o, _MIDDLE)) for o in _others(own)}
+            least = min(gains, key=gains.__getitem__)
+            held = "reached" if gains[least] >= GAIN else "not reached"
+            text = f"{gains[least]:+.0f} points (over {least})"
+            rows.append((f"{_short(source)}, 4/255, least gain over a baseline", text, f"at least +{GAIN}", held))
+    return "## Against the targets\n\n" + table(("what", "measured", "target", ""), rows)
 
 
 def _victims(grid: dict[str, Report]) -> str:

@@ -28,6 +28,7 @@ QUICK: dict[str, dict[str, object]] = {
     "torchattacks:Pixle": {"restarts": 5},
     "advencoder": {"steps": 20},
     **{name: {"steps": 30} for name in ("uap", "ssp", "dr", "fff", "pap")},
+    "instance:VMIFGSM": {"steps": 4},
     "xtransfer": {"steps": 30, "partners": ["toy"]},
 }
 """Parameters that make the slow ones quick; their strength is not what this test is about."""

@@ -24,6 +24,7 @@ from robustbench_x_attacks.torchattacks_bridge import attack_class, specs
 from robustbench_x_attacks.torchattacks_bridge.adapter import Adapter
 from robustbench_x_attacks.torchattacks_bridge.catalogue import ENTRIES
 from robustbench_x_attacks.torchattacks_bridge.entry import Entry
+from robustbench_x_attacks.torchattacks_bridge.instance import INSTANCE_ENTRIES
 
 pytest.importorskip("torchattacks")
 
@@ -189,7 +190,8 @@ def test_every_constructor_argument_is_pinned(name: str) -> None:
 def test_catalogue_is_all_of_torchattacks_but_wrappers_and_the_identity() -> None:
     everything = set(importlib.import_module("torchattacks").__all__)
     assert everything - set(BY_NAME) == {"VANILA", "MultiAttack", "LGV"}
-    assert [spec.name for spec in specs()] == [f"torchattacks:{entry.name}" for entry in ENTRIES]
+    instances = [f"instance:{entry.name}" for entry in INSTANCE_ENTRIES]
+    assert [spec.name for spec in specs()] == [f"torchattacks:{entry.name}" for entry in ENTRIES] + instances
     for spec in specs():
         check_spec(spec)
         assert all(p.help for p in spec.params)
@@ -199,7 +201,7 @@ def test_catalogue_is_all_of_torchattacks_but_wrappers_and_the_identity() -> Non
 def test_importing_the_plugin_does_not_import_torchattacks() -> None:
     code = (
         "import sys, robustbench_x_attacks.torchattacks_bridge as bridge; "
-        "assert len(bridge.specs()) == 36; assert 'torchattacks' not in sys.modules"
+        "assert len(bridge.specs()) == 36 + 5; assert 'torchattacks' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

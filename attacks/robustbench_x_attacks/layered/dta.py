@@ -33,16 +33,17 @@ class DTA(Fitted):
 
     The search attacks every layer alone for a few steps on unlabelled surrogate images, by the average cosine
     similarity of its clean and adversarial tokens, and ranks the layers by how far that turns the tokens of all layers
-    on average. A layer near the end turns the features most and little before them, which a tuned victim undoes; an
-    early one moves little at all; the layers that score best do damage that spreads, and outlives tuning. The search
-    runs once per encoder and budget and is cached. `search=image` ranks the layers anew for every image instead. The
-    attack then ascends the mean over the chosen layers of 1 - average token cosine similarity, from a random start: at
-    the clean image its gradient is exactly zero. A shallow layer costs a shallow pass.
+    on average. A layer near the end turns the features most and little before them, which tuning can take back; an
+    early one moves little at all; the layers that score best do damage that spreads. The search runs once per encoder
+    and budget and is cached. `search=image` ranks the layers anew for every image instead. The attack then ascends the
+    mean over the chosen layers of 1 - average token cosine similarity, from a random start: at the clean image its
+    gradient is exactly zero. A shallow layer costs a shallow pass. With `diversity` or `noise` the loss draws anew at
+    every step, so the last images are kept; else those with the highest loss.
 
     Reading the layer map (`encoders[].layer_vulnerability` in report.json, a table in every report): a row per layer,
     shallow to deep. `vulnerability` is the figure that ranks, `own` the layer's own damage, `features` what of it
     reaches the pooled features, all cosine distances from 0 (nothing moved) to 2. A high figure early in the network
-    is damage that no head and no tuning of later layers can take back.
+    is damage that is done before any later layer, tuned or not, is asked.
     """
 
     steps: int = param(10, "gradient steps")

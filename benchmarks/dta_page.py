@@ -17,6 +17,9 @@ from robustbench_x.stats import mcnemar_exact
 TARGET = 0.90
 GAIN = 10
 CONTROLS = ("noise", "pgd")
+SHORT = ("efficientnet", "dinov2")
+DATA = ("digits", "fashion", "fractal")
+HARDENED = ("before", "fare", "dta_training")
 _MIDDLE, _HIGH = 4 / 255, 10 / 255
 
 
@@ -35,6 +38,7 @@ def write(page: Path, work: Path) -> None:
         _variants(runs),
         _cost(work / "cost.json", grid),
         _hardening(runs),
+        _missing(runs, work),
         _reading(),
     ]
     page.write_text("\n".join(filter(None, sections)), encoding="utf-8")
@@ -263,6 +267,18 @@ def _hardening(runs: dict[str, Report]) -> str:
     )
     table_ = table(("attack", "head", "eps", *found), rows)
     return f"## Does training on DTA examples harden?\n\n{note}\n\n{table_}"
+
+
+def _missing(runs: dict[str, Report], work: Path) -> str:
+    """What the command makes and this page has not."""
+    grid = [f"grid-{encoder}-{data}" for encoder in SHORT for data in DATA]
+    low = [f"low-{SHORT[0]}-{data}" for data in DATA]
+    rest = [f"variants-{encoder}" for encoder in SHORT] + [f"hardening-{name}" for name in HARDENED]
+    missing = [name for name in (*grid, *low, *rest) if name not in runs]
+    missing += [] if (work / "cost.json").exists() else ["cost"]
+    return (
+        f"## Not run\n\nParts of the command that this page has no run of: {', '.join(missing)}.\n" if missing else ""
+    )
 
 
 def _reading() -> str:

@@ -46,7 +46,7 @@ def _compare(source: str, device: torch.device, rounds: int, steps: int) -> dict
     for name, params in (("code", {"setting": "code", "noises": NOISES}), ("best", {})):
         attack = spec.build({**params, "batch": BATCH, "steps": 10_000})
         ground = Ground(
-            encoder=encoder, pool=pool, threat=ThreatModel(eps=EPS), seed=0, device=device, bf16=device.type == "cuda"
+            public=encoder, pool=pool, threat=ThreatModel(eps=EPS), seed=0, device=device, bf16=device.type == "cuda"
         )
         job = FitJob(spec=spec, attack=attack, ground=ground)
         trainers[name] = attack.trainer(job.view(Meter()))

@@ -1,5 +1,6 @@
 """What an audit is asked to do: a validated, frozen, replayable configuration."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "Number",
     "TargetConfig",
     "default_config",
+    "ladder_attacks",
     "load_config",
     "override",
     "parse_params",
@@ -91,7 +93,7 @@ class AttackConfig(_Plugin):
 class DefenseConfig(_Plugin):
     """A defence, and what the attackers know of it."""
 
-    knowledge: tuple[Literal["oblivious", "bpda", "full"], ...] | None = None
+    knowledge: tuple[Literal["oblivious", "bpda", "bpda_learned", "full"], ...] | None = None
 
 
 _BUDGET_HINTS = {"l2": "for example 1.0 (a Euclidean length)", "patch": "for example 0.03 (a share of the area)"}
@@ -102,7 +104,10 @@ class AuditConfig(_Frozen):
 
     `eps` is in [0, 1] units (for `patch`: a share of the area), one value or a list. `samples` are drawn per
     data set, seeded and stratified. `mode` is `verdict` (a fooled sample leaves the batch) or `exhaustive`.
-    `query_cap` bounds queries per sample for score and label attacks.
+    `query_cap` bounds queries per sample for score and label attacks. `ladder` attacks every defence with the whole
+    ladder: the attacks of `presets/ladder.toml` beside those listed, each at every knowledge it can have.
+    `refuse_rate` is the share of clean images that a detector may refuse. `checks` are the cheap ones, or all of them:
+    those that attack again too.
     """
 
     target: tuple[TargetConfig, ...] = Field(min_length=1)
@@ -117,6 +122,9 @@ class AuditConfig(_Frozen):
     mode: Literal["verdict", "exhaustive"] = "verdict"
     query_cap: Count | None = None
     judge_draws: Count = 20
+    ladder: bool = False
+    refuse_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    checks: Literal["cheap", "all"] = "cheap"
     batch_size: Count | Literal["auto"] = "auto"
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -156,6 +164,19 @@ class AuditConfig(_Frozen):
                 raise ValueError(f"'{title}' is listed twice; give each its own label")
         return value
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _climbs(cls, values: Any) -> Any:
+        """A ladder's attacks beside the listed ones, of which those of the same title stay as they are."""
+        if not isinstance(values, Mapping) or values.get("ladder") is not True:
+            return values
+        listed = values.get("attack", ())
+        if not isinstance(listed, (list, tuple)):
+            return values
+        entries = [e.model_dump(exclude_none=True) if isinstance(e, AttackConfig) else e for e in listed]
+        titles = {e.get("label") or e.get("name") for e in entries if isinstance(e, Mapping)}
+        return {**values, "attack": [*entries, *(e for e in ladder_attacks() if e["name"] not in titles)]}
+
     @pydantic.field_validator("shard")
     @classmethod
     def _shard_is_a_share(cls, value: str | None) -> str | None:
@@ -191,6 +212,13 @@ def load_config(path: Path) -> AuditConfig:
         ConfigError: The file is missing, malformed or does not fit; names file, line and key.
     """
     return read_toml(path, AuditConfig)
+
+
+def ladder_attacks() -> list[dict[str, Any]]:
+    """The attacks that `ladder` adds."""
+    text = (files("robustbench_x") / "presets" / "ladder.toml").read_text(encoding="utf-8")
+    attacks: list[dict[str, Any]] = tomllib.loads(text)["attack"]
+    return attacks
 
 
 def default_config() -> AuditConfig:
@@ -248,8 +276,6 @@ def _with_params(config: AuditConfig, assignments: Sequence[str]) -> AuditConfig
 
 def parse_value(text: str) -> Any:
     """What `text` says as TOML where it is TOML (numbers, booleans, lists, quoted strings), else the text itself."""
-    import tomllib
-
     try:
         parsed: Mapping[str, Any] = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -66,8 +66,8 @@ class Seal:
 
 
 def modules_within(*owners: object) -> list[nn.Module]:
-    """The torch modules that plain objects (defences) hold as attributes."""
-    held: Iterable[object] = (value for owner in owners for value in getattr(owner, "__dict__", {}).values())
+    """The torch modules that objects (defences) are or hold as attributes."""
+    held: Iterable[object] = (value for owner in owners for value in (owner, *getattr(owner, "__dict__", {}).values()))
     return [value for value in held if isinstance(value, nn.Module)]
 
 

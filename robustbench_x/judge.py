@@ -21,6 +21,7 @@ from robustbench_x.victim import DefendedEncoder, fresh_draw
 
 __all__ = ["Admitted", "Measured", "Prediction", "Reading", "admit", "measure", "predict", "read_features", "retrieve"]
 
+_NONFINITE = "the victim returned NaN or infinite logits"
 UNJUDGED = -1
 """The prediction of a sample that could not be judged."""
 
@@ -40,9 +41,13 @@ class Admitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Features of one batch on one defended encoder: `(draws, N, D)`, one draw unless the defence is random."""
+    """Features of one batch on one defended encoder: `(draws, N, D)`, one draw unless the defence is random.
+
+    `acceptance` `(N,)` is there behind a detector: below 0 the image is refused.
+    """
 
     features: Tensor
+    acceptance: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,11 @@ def read_features(images: Tensor, victim: DefendedEncoder, *, draws: int, seed: 
     for draw in range(count):
         with fresh_draw(derive_seed(seed, "judge", draw), images.device), _full_precision(images.device):
             readings.append(victim.features(images))
-    return Reading(features=torch.stack(readings))
+    acceptance = None
+    if victim.detects:
+        with fresh_draw(derive_seed(seed, "detect"), images.device), _full_precision(images.device):
+            acceptance = victim.acceptance(images)
+    return Reading(features=torch.stack(readings), acceptance=acceptance)
 
 
 @contextmanager
@@ -115,10 +124,12 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
     """What the head makes of the features, and what went wrong where no class can be given.
 
     With several draws a sample counts as right only when more than half of its draws are; otherwise its most
-    frequent wrong class is the prediction. A logit that is not finite in any draw is an error.
+    frequent wrong class is the prediction. A logit that is not finite in any draw is an error, and so is a detector's
+    score that is not: a comparison with NaN would refuse nothing.
     """
     logits = torch.stack([head(features) for features in reading.features])
     finite = logits.isfinite().all(dim=2).all(dim=0)
+    scored = torch.ones_like(finite) if reading.acceptance is None else reading.acceptance.isfinite()
     votes = logits.argmax(dim=2)
     right = (votes == labels).float().mean(dim=0) > 0.5
     counts = F.one_hot(votes, head.num_classes).sum(dim=0)
@@ -126,9 +137,12 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
     index = labels.expand(len(logits), -1).unsqueeze(2)
     others = logits.scatter(2, index, -torch.inf).amax(dim=2)
     return Prediction(
-        classes=torch.where(right, labels, wrong_class).masked_fill(~finite, UNJUDGED),
+        classes=torch.where(right, labels, wrong_class).masked_fill(~(finite & scored), UNJUDGED),
         margin=(logits.gather(2, index).squeeze(2) - others).mean(dim=0),
-        errors=[None if ok else "the victim returned NaN or infinite logits" for ok in finite.tolist()],
+        errors=[
+            None if both else "the detector's score is NaN or infinite" if fine else _NONFINITE
+            for both, fine in zip((finite & scored).tolist(), finite.tolist(), strict=True)
+        ],
     )
 
 

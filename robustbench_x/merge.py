@@ -48,6 +48,7 @@ def merge_runs(runs: Sequence[Path], out: Path, registry: Registry, *, command: 
         encoders=first.encoders,
         heads=first.heads,
         data=data,
+        defenses=first.defenses,
         evaluated=_evaluated(reports),
         probes=tuple(f for f in probes.values() if f.applies_to),
         proofs=_joined_proofs(reports),

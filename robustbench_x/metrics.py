@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from robustbench_x.stats import Interval, bounded_mean, wilson
 
@@ -24,7 +25,7 @@ class MetricInfo:
     """What a gate, a table or a reader must know about a metric.
 
     `higher_is_better` is the defender's view; None where the number only describes the attack. A rate lies in
-    [0, 1] and carries an interval. `task` names the only kind of head it is measured on.
+    [0, 1] and carries an interval. `task` names the only kind of victim it is measured on.
     """
 
     name: str
@@ -44,6 +45,10 @@ def _rate(name: str, higher_is_better: bool | None, text: str) -> MetricInfo:
 
 def _mean(name: str, higher_is_better: bool | None, text: str) -> MetricInfo:
     return MetricInfo(name=name, higher_is_better=higher_is_better, is_rate=False, help=text)
+
+
+def _detector(name: str, higher_is_better: bool | None, is_rate: bool, text: str) -> MetricInfo:
+    return MetricInfo(name=name, higher_is_better=higher_is_better, is_rate=is_rate, help=text, task="detector")
 
 
 def _retrieval(name: str, text: str) -> MetricInfo:
@@ -68,6 +73,14 @@ METRICS: dict[str, MetricInfo] = _table(
     _retrieval("recall@1", "attacked queries whose first item is relevant"),
     _retrieval("clean_recall@10", "clean queries with a relevant item among the first 10"),
     _retrieval("recall@10", "attacked queries with a relevant item among the first 10"),
+    _detector(
+        "refused_clean",
+        False,
+        True,
+        "clean images that the detector refuses, its false positives, of all judged samples",
+    ),
+    _detector("refused", True, True, "adversarial images that the detector refuses, of all judged samples"),
+    _detector("detector_auroc", True, False, "area under the detector's ROC curve, adversarial against clean images"),
     _mean("feature_cosine", True, "mean cosine similarity of adversarial and clean features"),
     _mean("linf_max", None, "largest change of any pixel of any image, in [0, 1] units"),
     _mean("l2_mean", None, "mean Euclidean norm of the change, in [0, 1] units"),
@@ -88,6 +101,8 @@ class Outcome:
     judged row NaN means that nobody measured it, and the metric is then not measured either. `linf` and `l2` are
     in [0, 1] units, `seconds` and the passes are per sample. `target` is -1 where the attack had none. `retrieval`
     holds `clean_ap`, `adv_ap`, `clean_rank` and `adv_rank` where the head ranks a gallery (see `heads.base.Ranking`).
+    `acceptance` holds `clean_acceptance`, `adv_acceptance` and `adv8_acceptance` behind a detector, which refuses an
+    image below 0: a refused clean image is not correct, and a refused adversarial one fools nobody.
 
     Raises:
         ValueError: Lengths differ, or a judged row lacks a label or a prediction.
@@ -107,10 +122,11 @@ class Outcome:
     seconds: FloatArray
     target: IntArray
     retrieval: Mapping[str, FloatArray] | None = None
+    acceptance: Mapping[str, FloatArray] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name == "retrieval":
+            if field.name in ("retrieval", "acceptance"):
                 continue
             shape = getattr(self, field.name).shape
             if shape != (len(self.label),):
@@ -134,33 +150,42 @@ class Outcome:
 
     @property
     def clean_correct(self) -> BoolArray:
-        """Judged rows whose clean image is classified correctly."""
-        correct: BoolArray = self.judged & (self.clean_pred == self.label)
+        """Judged rows whose clean image is classified correctly, and not refused."""
+        correct: BoolArray = self.judged & (self.clean_pred == self.label) & ~self.refused("clean")
         return correct
 
     @property
     def fooled(self) -> BoolArray:
-        """Clean-correct rows whose adversarial image is classified wrongly."""
-        fooled: BoolArray = self.clean_correct & (self.adv_pred != self.label)
+        """Clean-correct rows whose adversarial image is classified wrongly, and not refused."""
+        fooled: BoolArray = self.clean_correct & (self.adv_pred != self.label) & ~self.refused("adv")
         return fooled
+
+    def refused(self, side: str) -> BoolArray:
+        """Rows whose image of `side` (`clean`, `adv`, `adv8`) a detector refuses."""
+        if self.acceptance is None:
+            return np.zeros(len(self), dtype=np.bool_)
+        refused: BoolArray = self.acceptance[f"{side}_acceptance"] < 0
+        return refused
 
 
 def compute(outcome: Outcome) -> dict[str, Interval]:
     """The metrics of one cell, in the order of `METRICS`.
 
-    `targeted_success` is absent when no sample has a target, and the retrieval metrics where nothing was ranked.
+    `targeted_success` is absent when no sample has a target, the retrieval metrics where nothing was ranked, and the
+    detector's where nothing could be refused.
     Without a single judged row every value is None.
     """
     judged, correct = outcome.judged, outcome.clean_correct
     attempted = judged & (outcome.target >= 0)
+    accepted = ~outcome.refused("adv")
     rates = {
         "clean_accuracy": _share_of_all(correct, judged),
         "robust_accuracy": _share_of_all(correct & ~outcome.fooled, judged),
         "asr": _share(outcome.fooled, correct),
-        "asr_total": _share(outcome.adv_pred != outcome.label, judged),
-        "flip_rate": _share(outcome.adv_pred != outcome.clean_pred, judged),
-        "targeted_success": _share(outcome.adv_pred == outcome.target, attempted),
-        "asr_8bit": _share(outcome.adv8_pred != outcome.label, correct),
+        "asr_total": _share((outcome.adv_pred != outcome.label) & accepted, judged),
+        "flip_rate": _share((outcome.adv_pred != outcome.clean_pred) & accepted, judged),
+        "targeted_success": _share((outcome.adv_pred == outcome.target) & accepted, attempted),
+        "asr_8bit": _share((outcome.adv8_pred != outcome.label) & ~outcome.refused("adv8"), correct),
         "collapse_ceiling": _share(outcome.clean_pred != most_frequent(outcome.adv_pred[judged]), judged),
     }
     if not (outcome.target >= 0).any():
@@ -168,6 +193,7 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
     return {
         **rates,
         **(_retrieval_metrics(outcome.retrieval, judged) if outcome.retrieval else {}),
+        **(_detector_metrics(outcome) if outcome.acceptance else {}),
         "feature_cosine": _mean_of(outcome.feature_cosine[judged]),
         "linf_max": _max_of(outcome.linf[judged]),
         "l2_mean": _mean_of(outcome.l2[judged]),
@@ -189,6 +215,25 @@ def _retrieval_metrics(retrieval: Mapping[str, FloatArray], judged: BoolArray) -
         for k in RECALLS:
             found[f"{prefix}recall@{k}"] = _share(rank <= k, judged) if measured else Interval()
     return {name: found[name] for name in METRICS if name in found}
+
+
+def _detector_metrics(outcome: Outcome) -> dict[str, Interval]:
+    """How often the detector refuses, and how well its score tells adversarial images from clean ones."""
+    assert outcome.acceptance is not None
+    judged = outcome.judged
+    clean, adv = (outcome.acceptance[f"{side}_acceptance"][judged] for side in ("clean", "adv"))
+    return {
+        "refused_clean": _share(outcome.refused("clean"), judged),
+        "refused": _share(outcome.refused("adv"), judged),
+        "detector_auroc": Interval(value=_auroc(-adv, -clean)) if len(clean) else Interval(),
+    }
+
+
+def _auroc(positive: FloatArray, negative: FloatArray) -> float:
+    """How often a positive scores above a negative, ties counting half (Mann-Whitney)."""
+    ranks = rankdata(np.concatenate([positive, negative]))
+    count = len(positive)
+    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(negative)))
 
 
 def worst_case(outcomes: Sequence[Outcome]) -> dict[str, Interval]:

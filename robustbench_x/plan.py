@@ -167,7 +167,9 @@ def _crafts(
     groups: list[tuple[str | None, tuple[str, ...]]] = (
         [(None, heads)] if spec.access in _BLIND else [(head, (head,)) for head in heads]
     )
-    shields = [(shield, _knowledge(shield, registry, spec, entry, encoder)) for shield in config.defense]
+    shields = [
+        (shield, _knowledge(shield, registry, spec, entry, encoder, ladder=config.ladder)) for shield in config.defense
+    ]
     crafts = []
     for seen_head, judged in groups:
         blind: list[tuple[str, Knowledge]] = [(UNDEFENDED, "none")]
@@ -206,22 +208,28 @@ def _crafts(
 
 
 def _knowledge(
-    shield: DefenseConfig, registry: Registry, spec: AttackSpec, entry: AttackConfig, encoder: str
+    shield: DefenseConfig, registry: Registry, spec: AttackSpec, entry: AttackConfig, encoder: str, *, ladder: bool
 ) -> tuple[Knowledge, ...]:
     """The levels at which this attack meets this defence; an attack that asks the model nothing can only be oblivious.
 
-    So can one that comes with a finished artefact, of which nothing was learned through the defence, and one that is
-    fitted on another encoder: neither ever sees a gradient of this victim through its defence.
+    So can one that comes with a finished artefact, of which nothing was learned through the defence; one that is
+    fitted or runs on another encoder: neither ever sees a gradient of this victim through its defence; and, of a
+    detector, one that does not know how to evade.
 
-    Query attacks always face the deployed defence, so they know it by its answers: `full` stands for that.
+    Query attacks always face the deployed defence, so they know it by its answers: `full` stands for that. An imitation
+    of the defence is trained for the ladder, or where the audit lists `bpda_learned`.
     """
-    levels = shield.knowledge or registry.defenses[shield.name].knowledge
-    if spec.access == "none":
+    known = registry.defenses[shield.name]
+    usual: tuple[Knowledge, ...] = tuple(k for k in known.knowledge if ladder or k != "bpda_learned")
+    levels: tuple[Knowledge, ...] = shield.knowledge or usual
+    if spec.access == "none" or (known.detects and not spec.joint):
         return ("oblivious",)
     if spec.fits:
         attack = spec.build(entry.params)
         if attack.artifact or attack.fit_encoder not in ("", encoder):
             return ("oblivious",)
+    elif spec.partners(spec.build(entry.params)):
+        return ("oblivious",)
     if spec.access in ("scores", "labels"):
         return ("full",)
     return tuple(levels)

@@ -13,15 +13,17 @@ from torch import Tensor
 from robustbench_x.errors import ConfigError, MissingExtraError, PluginError, near_matches
 from robustbench_x.numbers import parse_number
 from robustbench_x.threat import Norm
-from robustbench_x.views import Access, FitView, Knowledge, View
+from robustbench_x.views import Access, DefenseFitView, EncoderHandle, FitView, Knowledge, View
 
 __all__ = [
     "Attack",
     "AttackSpec",
     "Defense",
     "DefenseSpec",
+    "Detector",
     "Fitted",
     "FittedAttack",
+    "FittedDefense",
     "Param",
     "Spec",
     "StandInDefense",
@@ -89,7 +91,8 @@ class Defense(Protocol):
     """
 
     def apply(self, images: Tensor) -> Tensor:
-        """The images the encoder gets to see."""
+        """The images the encoder gets to see, `(N, 3, H, W)`, or V looks at each, `(N, V, 3, H, W)`, whose features
+        the harness averages."""
 
 
 class StandInDefense(Defense, Protocol):
@@ -97,6 +100,29 @@ class StandInDefense(Defense, Protocol):
 
     def stand_in(self, images: Tensor) -> Tensor:
         """A differentiable approximation of `apply`, used only for its gradient."""
+
+
+class Detector(Defense, Protocol):
+    """A defence that may refuse an image: the harness sets the threshold, on clean images, and applies it."""
+
+    def score(self, images: Tensor, encoder: EncoderHandle) -> Tensor:
+        """How suspicious each image `(N, 3, H, W)` is, `(N,)`, with gradients; higher is more so."""
+
+
+class FittedDefense(Protocol):
+    """A defence that is trained first, on clean images; its `artifact` names a file, or `shipped`, or is empty."""
+
+    artifact: str
+
+    def trainer(self, view: DefenseFitView) -> Trainer:
+        """A training from its start."""
+
+    def armed(self, learned: Mapping[str, Tensor]) -> Defense:
+        """The defence to deploy, from the tensors that a training left, on their device.
+
+        Raises:
+            ValueError: They are not what it needs.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +221,8 @@ class AttackSpec(Spec):
         fitted_by: Names of the parameters that decide what is learned; None: every one. An artefact serves all settings
             of the others.
         shipped: A folder of artefacts that come with the plugin, found by the encoder's digest.
-        partners: Sources of the further public encoders that a built attack is fitted on.
+        partners: Sources of the further public encoders that a built attack is fitted on, or runs on.
+        joint: Evades a detector when it is handed one (`WhiteboxView.detector`); others can only be oblivious of it.
     """
 
     access: Access
@@ -208,6 +235,7 @@ class AttackSpec(Spec):
     fitted_by: tuple[str, ...] | None = None
     shipped: Path | None = None
     partners: Callable[[Any], tuple[str, ...]] = lambda attack: ()
+    joint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +250,26 @@ class DefenseSpec(Spec):
         gradient: `exact` when `apply` is differentiable as it is, `stand-in` when `full` knowledge needs the stand-in.
         stochastic: Draws anew at every call; judged on fresh draws.
         knowledge: Levels an attacker can have of it.
+        fits: Is trained first: the factory has `artifact`, `trainer(view)` and `armed(learned)`, and what `armed`
+            returns has the methods of a defence.
+        per_encoder: Is trained for one encoder, on images of its size; else on patches, for all of them.
+        patch: Side of the patches a built defence is trained on.
+        reads: Files of a built defence whose content decides what is learned.
+        fitted_by: As for `AttackSpec`.
+        shipped: A folder of artefacts that come with the plugin.
+        detects: Has `score`, and may refuse images; is trained first, if only to have its threshold set.
     """
 
     gradient: Literal["exact", "stand-in"] = "exact"
     stochastic: bool = False
-    knowledge: tuple[Knowledge, ...] = ("oblivious", "bpda", "full")
+    knowledge: tuple[Knowledge, ...] = ("oblivious", "bpda", "bpda_learned", "full")
+    fits: bool = False
+    per_encoder: bool = False
+    patch: Callable[[Any], int] = lambda defense: 128
+    reads: Callable[[Any], tuple[Path, ...]] = lambda defense: ()
+    fitted_by: tuple[str, ...] | None = None
+    shipped: Path | None = None
+    detects: bool = False
 
 
 def check_spec(spec: AttackSpec | DefenseSpec) -> None:
@@ -247,8 +290,15 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
     where = f"defence '{spec.name}'"
     if spec.name == "noise":
         raise PluginError(f"{where}: this name has a meaning of its own in reports; choose another")
-    check_common(where, spec, ("apply", "stand_in") if spec.gradient == "stand-in" else ("apply",))
-    _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "full"))
+    methods = ("apply", "stand_in") if spec.gradient == "stand-in" else ("apply",)
+    check_common(where, spec, ("trainer", "armed") if spec.fits else methods)
+    if spec.fits and "artifact" not in {p.name for p in spec.params}:
+        raise PluginError(f"{where}: a defence that is fitted has a parameter 'artifact'")
+    if spec.detects and not (spec.fits and spec.per_encoder):
+        raise PluginError(f"{where}: a detector is fitted, for one encoder: fits and per_encoder must be set")
+    if spec.detects and (spec.stochastic or set(spec.knowledge) != {"oblivious", "full"}):
+        raise PluginError(f"{where}: a detector is deterministic and has knowledge oblivious and full")
+    _check_choices(where, "knowledge", spec.knowledge, ("oblivious", "bpda", "bpda_learned", "full"))
     _check_choices(where, "gradient", (spec.gradient,), ("exact", "stand-in"))
 
 

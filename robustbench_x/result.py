@@ -15,6 +15,7 @@ __all__ = [
     "CellResult",
     "Collapse",
     "Decision",
+    "DefenseInfo",
     "EncoderInfo",
     "Finding",
     "FitInfo",
@@ -240,6 +241,28 @@ class EncoderInfo(_Stored):
     layer_vulnerability: tuple[LayerMapInfo, ...] = ()
 
 
+class DefenseInfo(_Stored):
+    """A defence as it stood in front of one encoder on one data set.
+
+    `seconds` is the time an image takes through defence and encoder together, `encoder_seconds` through the encoder
+    alone, both on this machine and null where nobody could measure it. `refuse_above` is a detector's threshold, and
+    `fit` what a defence had learned.
+    """
+
+    encoder: str
+    data: str
+    defense: str
+    name: str
+    params: dict[str, Any]
+    gradient: str
+    stochastic: bool
+    detects: bool
+    refuse_above: float | None = None
+    seconds: float | None = None
+    encoder_seconds: float | None = None
+    fit: FitInfo | None = None
+
+
 class DataInfo(_Stored):
     """Which images were audited; `sha256` covers the ids and pixels of the evaluated samples."""
 
@@ -259,6 +282,7 @@ class StageProof(_Stored):
     `images` digests the ids, labels and pixels of the evaluated samples; `answers` holds, for each head, what the
     victim makes of two fixed images, which shows changed code or heads where a digest of weights does not. `tuned` has
     the digest of every head's own encoder: one that was tuned again may answer alike and still be another victim.
+    `defenses` has the digest of what each defence had learned.
     """
 
     encoder: str
@@ -267,6 +291,7 @@ class StageProof(_Stored):
     images: str
     answers: dict[str, tuple[float, ...]]
     tuned: dict[str, str] = {}
+    defenses: dict[str, str] = {}
 
 
 class RunInfo(_Stored):
@@ -318,6 +343,7 @@ class Report(_Stored):
     encoders: tuple[EncoderInfo, ...]
     heads: tuple[HeadInfo, ...] = ()
     data: tuple[DataInfo, ...] = ()
+    defenses: tuple[DefenseInfo, ...] = ()
     cells: tuple[CellResult, ...]
     worst_case: tuple[WorstCase, ...]
     findings: tuple[Finding, ...] = ()

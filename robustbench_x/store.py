@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from robustbench_x.errors import RunError, UsageError
 
-__all__ = ["RANKED", "ROWS", "RunFolder", "write_atomically"]
+__all__ = ["ACCEPTED", "RANKED", "ROWS", "RunFolder", "write_atomically"]
 
 ROWS = pa.schema(
     [
@@ -48,6 +48,9 @@ ROWS = pa.schema(
         ("adv_ap", pa.float64()),
         ("clean_rank", pa.float64()),
         ("adv_rank", pa.float64()),
+        ("clean_acceptance", pa.float64()),
+        ("adv_acceptance", pa.float64()),
+        ("adv8_acceptance", pa.float64()),
         ("overrun", pa.float64()),
         ("forwards", pa.float64()),
         ("backwards", pa.float64()),
@@ -59,10 +62,14 @@ ROWS = pa.schema(
 """One row per sample and cell. Predictions are logit indices, -1 where there is none; measures are null in error
 rows. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
 candidate lay outside its budget before projection. `clean_ap`, `adv_ap` (average precision of the first 10) and
-`clean_rank`, `adv_rank` (place of the first relevant item) are null where the head ranks nothing."""
+`clean_rank`, `adv_rank` (place of the first relevant item) are null where the head ranks nothing. An acceptance is how
+clearly a detector accepts the image, in spreads of the clean scores: below 0 it is refused; null behind no detector."""
 
 RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
 """The columns of a head that ranks a gallery."""
+
+ACCEPTED = ("clean_acceptance", "adv_acceptance", "adv8_acceptance")
+"""The columns of a victim behind a detector."""
 
 _ARTIFACTS = "artifacts"
 _STATE = ".state"

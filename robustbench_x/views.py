@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 
-from robustbench_x.encoders.encoder import Encoder, Tokens
+from robustbench_x.encoders.encoder import Encoder, Tokens, features_of_looks, tokens_of_looks
 from robustbench_x.errors import BudgetError
 from robustbench_x.randomness import SampleRandom
 from robustbench_x.threat import ThreatModel
 
 __all__ = [
     "Access",
+    "DefenseFitView",
     "EncoderHandle",
     "EncoderView",
     "FitView",
@@ -36,7 +37,8 @@ __all__ = [
 ]
 
 Access = Literal["none", "encoder", "whitebox", "scores", "labels"]
-Knowledge = Literal["none", "oblivious", "bpda", "full"]
+Knowledge = Literal["none", "oblivious", "bpda", "bpda_learned", "full"]
+"""What an attacker has of a defence; see `robustbench_x.victim.perceive`."""
 Perceive = Callable[[Tensor], Tensor]
 
 
@@ -121,13 +123,13 @@ class EncoderHandle:
     def features(self, images: Tensor) -> Tensor:
         """Pooled features `(N, D)` float32 of `images` `(N, 3, H, W)` in [0, 1]."""
         with _autocast(images, self._bf16):
-            features = self._encoder(self._perceive(images)).float()
+            features = features_of_looks(self._encoder, self._perceive(images)).float()
         return self._meter.count(features, len(images))
 
     def tokens(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tokens]:
         """Tokens of the named layers (see `Encoder.tokens`); the meter counts one pass, shallow or not."""
         with _autocast(images, self._bf16):
-            tokens = self._encoder.tokens(self._perceive(images), layers)
+            tokens = tokens_of_looks(self._encoder, self._perceive(images), layers)
         self._meter.count_any([t for found in tokens.values() for t in found if t is not None], len(images))
         return tokens
 
@@ -225,12 +227,14 @@ class EncoderView(View):
     """Access `encoder`: the public encoder and unlabelled surrogate images; no head, no labels, no downstream data.
 
     `surrogate` is `(M, 3, H, W)` in [0, 1], or None when the audit names no surrogate data. `artifact` holds what an
-    attack that is trained first learned, and is None for every other attack and where the budget is zero.
+    attack that is trained first learned, and is None for every other attack and where the budget is zero. `partners`
+    are the further public encoders that it asked for; they take images of the victim's size.
     """
 
     encoder: EncoderHandle
     surrogate: Tensor | None = None
     artifact: Mapping[str, Tensor] | None = None
+    partners: tuple[EncoderHandle, ...] = ()
 
 
 @final
@@ -272,12 +276,32 @@ class FitView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DefenseFitView:
+    """What the training of a defence is handed: the defender's own clean images, without labels, and no attack.
+
+    `images` are patches of the side it asked for, or images of the encoder's input size; `held_out` are others, never
+    trained on, of other files where there are several. `encoder` is there only for a defence that is fitted for one.
+    """
+
+    images: ImagePool
+    held_out: ImagePool
+    seed: int
+    device: torch.device
+    encoder: EncoderHandle | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class WhiteboxView(View):
-    """Access `whitebox`: the victim's logits with gradients, and the true `labels` `(N,)` as logit indices."""
+    """Access `whitebox`: the victim's logits with gradients, and the true `labels` `(N,)` as logit indices.
+
+    `detector` is there for an attack that evades detectors: pixels to how clearly each image is accepted, `(N,)` with
+    gradients, in spreads of the clean scores; below 0 it is refused, and a refused image fools nobody.
+    """
 
     labels: Tensor
     model: ModelHandle
     num_classes: int
+    detector: Perceive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

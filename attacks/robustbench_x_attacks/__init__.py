@@ -10,11 +10,23 @@ __all__ = ["register"]
 
 def register(registry: "Registry") -> None:
     """Adds every attack of this package to `registry`."""
-    from robustbench_x_attacks import embed, gradient, layered, noise, torchattacks_bridge, universal
+    from robustbench_x_attacks import (
+        autoattack,
+        embed,
+        gradient,
+        layered,
+        noise,
+        torchattacks_bridge,
+        transfer,
+        universal,
+    )
 
     registry.add_attack(noise.SPEC)
     registry.add_attack(embed.SPEC)
+    registry.add_attack(transfer.SPEC)
     for spec in gradient.SPECS:
+        registry.add_attack(spec)
+    for spec in autoattack.specs():
         registry.add_attack(spec)
     for spec in layered.specs():
         registry.add_attack(spec)

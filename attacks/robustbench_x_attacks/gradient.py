@@ -1,4 +1,7 @@
-"""White-box gradient attacks on the victim's logits: pgd, mifgsm, apgd_ce, apgd_t."""
+"""White-box gradient attacks on the victim's logits: pgd, mifgsm, apgd_ce, apgd_t.
+
+Behind a detector every one of them ascends the smaller of the margin and the detector's acceptance.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -159,14 +162,29 @@ def _run(
 def _away(view: WhiteboxView, loss: losses.LabelLoss) -> Objective:
     def objective(images: Tensor, index: Tensor) -> Evaluation:
         logits, labels = view.model(images), view.labels[index]
-        return Evaluation(loss(logits, labels), losses.margin(logits, labels))
+        margin = losses.margin(logits, labels)
+        return Evaluation(loss(logits, labels), margin) if view.detector is None else _joint(view, images, margin)
 
     return objective
+
+
+def _joint(view: WhiteboxView, images: Tensor, margin: Tensor) -> Evaluation:
+    """Fooled and accepted: the smaller of both margins is ascended, whatever loss was asked for.
+
+    Its gradient is that of the condition that is violated most, as in the selective attack of Bryniarski et al. (2021):
+    the classifier's while the image is still right, the detector's once it is wrong and refused.
+    """
+    assert view.detector is not None, "no detector"
+    both = torch.minimum(margin, view.detector(images))
+    return Evaluation(both, both)
 
 
 def _towards(view: WhiteboxView, targets: Tensor, loss: losses.TargetLoss) -> Objective:
     def objective(images: Tensor, index: Tensor) -> Evaluation:
         logits, labels = view.model(images), view.labels[index]
+        if view.detector is not None:
+            aim = logits.gather(1, targets[index][:, None]) - logits.gather(1, labels[:, None])
+            return _joint(view, images, aim.squeeze(1))
         return Evaluation(loss(logits, labels, targets[index]), losses.margin(logits, labels))
 
     return objective
@@ -186,6 +204,7 @@ SPECS = (
         source="Madry et al. 2018, arXiv 1706.06083",
         access="whitebox",
         norms=("linf", "l2", "patch"),
+        joint=True,
     ),
     AttackSpec(
         name="mifgsm",
@@ -194,6 +213,7 @@ SPECS = (
         source="Dong et al. 2018, arXiv 1710.06081",
         access="whitebox",
         norms=("linf", "l2", "patch"),
+        joint=True,
     ),
     AttackSpec(
         name="apgd_ce",
@@ -202,6 +222,7 @@ SPECS = (
         source="Croce & Hein 2020, arXiv 2003.01690",
         access="whitebox",
         norms=("linf", "l2", "patch"),
+        joint=True,
     ),
     AttackSpec(
         name="apgd_t",
@@ -211,5 +232,6 @@ SPECS = (
         access="whitebox",
         norms=("linf", "l2", "patch"),
         goal="targeted",
+        joint=True,
     ),
 )

@@ -10,8 +10,13 @@ __all__ = ["register"]
 
 def register(registry: "Registry") -> None:
     """Adds every defence and hardening of this package to `registry`."""
-    from robustbench_x_defenses import hardening, jpeg
+    from robustbench_x_defenses import detectors, hardening, jpeg, preprocess, raw_isp
 
     registry.add_defense(jpeg.SPEC)
+    for defense in preprocess.specs():
+        registry.add_defense(defense)
+    registry.add_defense(raw_isp.spec())
+    for detector in detectors.specs():
+        registry.add_defense(detector)
     for spec in hardening.specs():
         registry.add_hardening(spec)

@@ -34,7 +34,12 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<date>-<time>-<encoder>.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Gate policy to judge the result by.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Run that the policy's baseline rule compares with.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Unreliable evaluations end with exit code 4.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Run every check; unreliable evaluations end with exit code 4.")
+    ] = False,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Attack every defence with the whole ladder, from oblivious to full.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run of the same audit.")] = True,
     shard: Annotated[str | None, typer.Option(help="Evaluate share i of n, e.g. 1/4.")] = None,
     engine: Annotated[str, typer.Option(help="local; ray is not available in this version.")] = "local",
@@ -54,7 +59,7 @@ def audit(
     flags = {
         "surrogate": surrogate, "eps": eps or None, "norm": norm, "samples": samples, "batch_size": _batch(batch_size),
         "device": device, "precision": precision, "seed": seed, "mode": mode, "shard": shard,
-        "allow_pickle": allow_pickle or None,
+        "allow_pickle": allow_pickle or None, "ladder": ladder or None, "checks": "all" if strict else None,
     }  # fmt: skip
     final = _configure(config, encoder, head, data, attack, defense, flags, param or [])
     request = RunRequest(

@@ -1,4 +1,4 @@
-"""`rbx fit`: train what an attack learns, or harden an encoder, into an artefact with its provenance."""
+"""`rbx fit`: train what an attack or a defence learns, or harden an encoder, into an artefact with its provenance."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +9,18 @@ __all__ = ["fit"]
 
 
 def fit(
-    plugin: Annotated[str, typer.Argument(help="An attack that is trained first (advencoder), or a hardening (fare).")],
-    encoder: Annotated[str, typer.Option("--encoder", "-e", help="Encoder source: trained on, or hardened.")],
+    plugin: Annotated[
+        str, typer.Argument(help="An attack or a defense that is trained first (advencoder, raw_isp), or a hardening.")
+    ],
     out: Annotated[Path, typer.Option(help="The artefact to write, a .safetensors file.")],
-    surrogate: Annotated[str | None, typer.Option(help="Unlabelled images; default packaged:crops.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Surrogate images drawn by the seed.")] = 256,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", "-e", help="Encoder source: trained on, or hardened. None for raw_isp."),
+    ] = None,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Unlabelled images (a defense: the defender's own); default packaged:crops.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Surrogate images, or patches of them, drawn by the seed.")] = 256,
     norm: Annotated[str, typer.Option(help="linf or patch; l2 for a hardening whose attack has it.")] = "linf",
     eps: Annotated[
         str | None, typer.Option(help="Budget; default 10/255, a hardening's own, or 0.03 of the area for a patch.")
@@ -28,9 +35,9 @@ def fit(
         bool, typer.Option("--allow-pickle", help="Let checkpoints run code while loading. Only files you trust.")
     ] = False,
 ) -> None:
-    """Train what an attack learns on one encoder, or harden the encoder itself on an attack's images.
+    """Train what an attack or a defense learns, or harden an encoder on an attack's images.
 
-    rbx audit takes the first as -p ATTACK.artifact=FILE, the second as -e hardened:FILE.
+    rbx audit takes what was learned as -p NAME.artifact=FILE, and a hardened encoder as -e hardened:FILE.
     """
     from robustbench_x.cli._training import fit_threat, run_fit
     from robustbench_x.config import plugin_params

@@ -11,6 +11,7 @@ from robustbench_x.numbers import format_eps, parse_number
 from robustbench_x.registry import load_registry
 from robustbench_x.report.inert import plain
 from robustbench_x.report.words import count
+from robustbench_x.result import Provenance
 from robustbench_x.threat import ThreatModel
 
 __all__ = ["fit_threat", "run_craft", "run_fit", "threat_from"]
@@ -47,13 +48,19 @@ def run_fit(request: FitRequest) -> None:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in made.losses.items())
     lines = (
         f"{request.out}  sha256 {found.artifact.sha256}",
-        f"{made.plugin} on {made.encoder}, {made.threat.norm} {format_eps(made.threat.eps)}: {made.steps} steps on "
-        f"{count(made.surrogate_samples, 'image')} of {made.surrogate} in {made.seconds:.0f} s ({found.origin}); "
-        f"{losses}",
+        f"{_subject(made)}: {made.steps} steps on {count(made.surrogate_samples, 'image')} of {made.surrogate} in "
+        f"{made.seconds:.0f} s ({found.origin}); {losses}",
         *([] if made.inner is None else [f"audit it: rbx audit -e hardened:{request.out}"]),
     )
     for line in lines:
         Console().print(Text(plain(line, 500)), soft_wrap=True)
+
+
+def _subject(made: Provenance) -> str:
+    """What was trained for what, in words; a defence knows no budget."""
+    if made.threat.eps:
+        return f"{made.plugin} on {made.encoder}, {made.threat.norm} {format_eps(made.threat.eps)}"
+    return made.plugin if made.encoder == "none" else f"{made.plugin} on {made.encoder}"
 
 
 def run_craft(request: CraftRequest) -> int:

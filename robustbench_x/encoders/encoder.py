@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from robustbench_x.errors import RangeError, SourceError
 
-__all__ = ["Backbone", "Classifier", "Encoder", "LoadedEncoder", "Preprocessing", "Tokens", "check_range"]
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "Encoder",
+    "LoadedEncoder",
+    "Preprocessing",
+    "Tokens",
+    "check_range",
+    "features_of_looks",
+    "tokens_of_looks",
+]
 
 _RANGE_SLACK = 1e-4
 
@@ -251,3 +261,28 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def features_of_looks(encoder: Encoder, seen: Tensor) -> Tensor:
+    """Features `(N, D)` of images `(N, 3, H, W)`, or their mean over V looks at each `(N, V, 3, H, W)`."""
+    if seen.ndim == 4:
+        return encoder(seen)  # type: ignore[no-any-return]
+    return _mean_of_looks(encoder(seen.flatten(0, 1)), len(seen))
+
+
+def tokens_of_looks(encoder: Encoder, seen: Tensor, layers: Sequence[str]) -> dict[str, Tokens]:
+    """Tokens of `layers`, as `Encoder.tokens`; over several looks at each image their mean."""
+    if seen.ndim == 4:
+        return encoder.tokens(seen, layers)
+    found = encoder.tokens(seen.flatten(0, 1), layers)
+
+    return {
+        name: Tokens(
+            _mean_of_looks(t.spatial, len(seen)), None if t.prefix is None else _mean_of_looks(t.prefix, len(seen))
+        )
+        for name, t in found.items()
+    }
+
+
+def _mean_of_looks(values: Tensor, count: int) -> Tensor:
+    return values.view(count, -1, *values.shape[1:]).mean(dim=1)

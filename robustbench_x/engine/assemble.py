@@ -14,7 +14,7 @@ from robustbench_x.plan import Cell, Plan, with_noise
 from robustbench_x.registry import Registry
 from robustbench_x.result import CellResult, Collapse, Finding, FitInfo, Flag, HeadInfo, Measure, Threat, WorstCase
 from robustbench_x.stats import Interval, wilson
-from robustbench_x.store import RANKED
+from robustbench_x.store import ACCEPTED, RANKED
 
 __all__ = ["Assembled", "assemble_cells", "cell_findings", "worst_cases"]
 
@@ -198,4 +198,7 @@ def _outcome(own: Mapping[str, np.ndarray]) -> Outcome:
     values |= {name: own[name].astype(np.int64) for name in ("label", "clean_pred", "adv_pred", "adv8_pred")}
     ranked = {name: own[name].astype(float) for name in RANKED}
     retrieval = ranked if np.isfinite(ranked["adv_ap"]).any() else None
-    return Outcome(error=error, target=np.full(len(error), -1, dtype=np.int64), retrieval=retrieval, **values)
+    accepted = {name: own[name].astype(float) for name in ACCEPTED}
+    acceptance = accepted if np.isfinite(accepted["adv_acceptance"]).any() else None
+    target = np.full(len(error), -1, dtype=np.int64)
+    return Outcome(error=error, target=target, retrieval=retrieval, acceptance=acceptance, **values)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.config import AuditConfig
+from robustbench_x.encoders.encoder import Encoder, features_of_looks
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import Batch, StageAtWork
 from robustbench_x.heads.base import FittedHead
@@ -29,8 +31,8 @@ from robustbench_x.judge import (
 from robustbench_x.plan import Cell, Craft
 from robustbench_x.plugin import Attack, AttackSpec
 from robustbench_x.randomness import SampleRandom, derive_seed
-from robustbench_x.store import RANKED
-from robustbench_x.victim import perceive
+from robustbench_x.store import ACCEPTED, RANKED
+from robustbench_x.victim import DefendedEncoder, perceive
 from robustbench_x.views import (
     EncoderHandle,
     EncoderView,
@@ -44,7 +46,7 @@ from robustbench_x.views import (
     WhiteboxView,
 )
 
-__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "failed_rows", "is_out_of_memory"]
+__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "failed_rows", "is_out_of_memory", "partner_handle"]
 
 Row = dict[str, Any]
 
@@ -59,6 +61,7 @@ class AttackAtWork:
     surrogate: Tensor | None
     artifact: Mapping[str, Tensor] | None = None
     failure: str | None = None
+    partners: tuple[Encoder, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +109,9 @@ def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceiv
     through = perceive(stage.shields[craft.seen], craft.knowledge)
     encoder = stage.body(head)
     if head is None:
-        return lambda images: encoder(through(images))
+        return lambda images: features_of_looks(encoder, through(images))
     top = stage.heads[head]
-    return lambda images: top(encoder(through(images)))
+    return lambda images: top(features_of_looks(encoder, through(images)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -196,18 +199,21 @@ def _view(
     stochastic = shield is not None and shield.spec.stochastic
     if access == "encoder" or craft.head is None:
         through = perceive(shield, craft.knowledge)
-        handle = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
+        encoder = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
         surrogate = None if work.surrogate is None else work.surrogate.clone()
         learned = work.artifact
         artifact = None if learned is None else {k: t.to(stage.device, copy=True) for k, t in learned.items()}
-        return EncoderView(**shared, encoder=handle, surrogate=surrogate, artifact=artifact)
+        partners = tuple(partner_handle(partner, meter, bf16=bf16) for partner in work.partners)
+        return EncoderView(**shared, encoder=encoder, surrogate=surrogate, artifact=artifact, partners=partners)
     head = stage.heads[craft.head]
     rows = list(batch.positions[part])
     shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
+    deployed = stage.defended(craft.seen, craft.head)
     if access == "whitebox":
         sees = attacker_sees(stage, craft, craft.head)
-        return WhiteboxView(**shared, model=ModelHandle(sees, meter, bf16=bf16, stochastic=stochastic))
-    deployed = stage.defended(craft.seen, craft.head)
+        handle = ModelHandle(sees, meter, bf16=bf16, stochastic=stochastic)
+        evade = _evadable(deployed, meter) if deployed.detects and craft.knowledge == "full" else None
+        return WhiteboxView(**shared, model=handle, detector=evade)
     cap = None if config.query_cap is None else config.query_cap * len(rows)
     query = Query(
         lambda images: deployed.logits(images, head),
@@ -216,6 +222,23 @@ def _view(
         cap=cap,
     )
     return QueryView(**shared, query=query)
+
+
+def _evadable(victim: DefendedEncoder, meter: Meter) -> Perceive:
+    """The detector as an attacker with full knowledge runs it; a look at it costs a pass."""
+    return lambda images: meter.count(victim.acceptance(images), len(images))
+
+
+def partner_handle(encoder: Encoder, meter: Meter, *, bf16: bool = False) -> EncoderHandle:
+    """A further public encoder on images of the victim's size."""
+
+    def resized(images: Tensor) -> Tensor:
+        if images.shape[-2:] == encoder.input_size:
+            return images
+        small = F.interpolate(images, encoder.input_size, mode="bilinear", antialias=True, align_corners=False)
+        return small.clamp(0, 1)
+
+    return EncoderHandle(encoder, resized, meter, bf16=bf16)
 
 
 def _judge(
@@ -262,6 +285,11 @@ def _rows(
     cosine = feature_cosine(adversarial, clean).tolist()
     linf, l2, ssim = (m.tolist() for m in (made.measured.linf, made.measured.l2, made.measured.ssim))
     overrun = made.admitted.overrun.tolist()
+    accepted = {
+        name: reading.acceptance.tolist()
+        for name, reading in zip(ACCEPTED, readings, strict=True)
+        if reading.acceptance is not None
+    }
     ranked = _ranked(head, clean, adversarial, labels)
     rows = []
     for i, error in enumerate(first_errors(made.admitted.errors, *(v.errors for v in verdicts))):
@@ -270,6 +298,9 @@ def _rows(
             continue
         clean_pred, adv_pred, adv8_pred = (p[i] for p in predictions)
         label = int(labels[i])
+        acceptance = {name: values[i] for name, values in accepted.items()}
+        correct = clean_pred == label and acceptance.get("clean_acceptance", 0.0) >= 0
+        let_in = acceptance.get("adv_acceptance", 0.0) >= 0
         rows.append(
             {
                 **_identity(cell, batch.positions[part.start + i], batch.items[part.start + i].id, label),
@@ -277,15 +308,16 @@ def _rows(
                 "clean_pred": clean_pred,
                 "adv_pred": adv_pred,
                 "adv8_pred": adv8_pred,
-                "clean_correct": clean_pred == label,
-                "fooled": clean_pred == label and adv_pred != label,
-                "flipped": adv_pred != clean_pred,
+                "clean_correct": correct,
+                "fooled": correct and adv_pred != label and let_in,
+                "flipped": adv_pred != clean_pred and let_in,
                 "margin": margin[i],
                 "linf": linf[i],
                 "l2": l2[i],
                 "ssim": ssim[i],
                 "feature_cosine": cosine[i],
                 **{name: values[i] for name, values in ranked.items()},
+                **acceptance,
                 "overrun": overrun[i],
                 "forwards": made.forwards,
                 "backwards": made.backwards,

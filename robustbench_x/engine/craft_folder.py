@@ -14,6 +14,7 @@ from robustbench_x import __version__
 from robustbench_x.data.dataset import Item, open_dataset
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine.craft import partner_handle
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.run import resolve_device
@@ -71,13 +72,16 @@ def craft_folder(request: CraftRequest, registry: Registry, progress: Progress |
     items = open_dataset(f"images:{request.images}", registry).test
     device = resolve_device(request.device)
     encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(device)
-    learned = _learned(request, spec, attack, encoder, registry, device, progress)
+    supply = _supply(request, registry, device, progress)
+    fits = spec.fits and request.threat.radius > 0
+    learned = supply.artifact(spec, attack, encoder, request.threat) if fits else None
+    partners = () if spec.fits else tuple(supply.load(source) for source in spec.partners(attack))
     request.out.mkdir(parents=True, exist_ok=True)
     (request.out / _BEGUN).touch()
     progress.begin(len(items), 0)
     entries = []
     for start in range(0, len(items), _BATCH):
-        entries += _batch(request, spec, attack, encoder, learned, items[start : start + _BATCH], device)
+        entries += _batch(request, spec, attack, encoder, learned, partners, items[start : start + _BATCH], device)
         progress.task(f"{spec.name} on {request.images}")
         progress.advance(len(items[start : start + _BATCH]))
     manifest = {
@@ -101,18 +105,9 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"--out {out}: name an empty or a new folder")
 
 
-def _learned(
-    request: CraftRequest,
-    spec: AttackSpec,
-    attack: Any,
-    encoder: Encoder,
-    registry: Registry,
-    device: torch.device,
-    progress: Progress,
-) -> Supplied | None:
-    if not spec.fits or request.threat.radius == 0:
-        return None
-    supply = Supply(
+def _supply(request: CraftRequest, registry: Registry, device: torch.device, progress: Progress) -> Supply:
+    """Where trainings and further encoders come from."""
+    return Supply(
         registry=registry,
         open_dataset=lambda source: open_dataset(source, registry, seed=request.seed),
         surrogate=request.surrogate,
@@ -122,7 +117,6 @@ def _learned(
         progress=progress,
         allow_pickle=request.allow_pickle,
     )
-    return supply.artifact(spec, attack, encoder, request.threat)
 
 
 def _batch(
@@ -131,6 +125,7 @@ def _batch(
     attack: Any,
     encoder: Encoder,
     learned: Supplied | None,
+    partners: tuple[Encoder, ...],
     items: tuple[Item, ...],
     device: torch.device,
 ) -> list[dict[str, Any]]:
@@ -146,7 +141,7 @@ def _batch(
         return list(entries.values())
     inputs = torch.stack(list(pixels.values())).to(device)
     try:
-        images, errors = _attack(request, spec, attack, encoder, learned, list(pixels), inputs)
+        images, errors = _attack(request, spec, attack, encoder, learned, partners, list(pixels), inputs)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes the error of these images
         images, errors = inputs, [f"{type(error).__name__}: {error}"] * len(inputs)
     measured = measure(images, inputs)
@@ -177,6 +172,7 @@ def _attack(
     attack: Any,
     encoder: Encoder,
     learned: Supplied | None,
+    partners: tuple[Encoder, ...],
     names: list[str],
     inputs: Tensor,
 ) -> tuple[Tensor, list[str | None]]:
@@ -189,7 +185,8 @@ def _attack(
     else:
         tensors = None if learned is None else {k: t.to(inputs.device) for k, t in learned.artifact.tensors.items()}
         handle = EncoderHandle(encoder, lambda images: images, Meter())
-        view = EncoderView(**shared, encoder=handle, artifact=tensors)
+        others = tuple(partner_handle(partner, Meter()) for partner in partners)
+        view = EncoderView(**shared, encoder=handle, artifact=tensors, partners=others)
     with isolated(random.seed, inputs.device):
         candidates = attack.run(view)
     admitted = admit(candidates, inputs, request.threat)

@@ -23,6 +23,7 @@ from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
 from robustbench_x.result import (
     DataInfo,
+    DefenseInfo,
     EncoderInfo,
     Finding,
     FitInfo,
@@ -55,6 +56,7 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
         encoders=tuple({s["encoder"]["source"]: EncoderInfo(**s["encoder"]) for s in stages}.values()),
         heads=tuple(HeadInfo(**h) for s in stages for h in s["heads"]),
         data=tuple(DataInfo(**s["data"]) for s in stages),
+        defenses=tuple(DefenseInfo(**d) for s in stages for d in s["defenses"]),
         evaluated={(s["encoder"]["source"], s["data"]["source"]): s["data"]["evaluated"] for s in stages},
         probes=tuple(probes),
         proofs=tuple(StageProof(**s["proof"]) for s in stages),
@@ -78,6 +80,7 @@ class Evidence:
     encoders: tuple[EncoderInfo, ...]
     heads: tuple[HeadInfo, ...]
     data: tuple[DataInfo, ...]
+    defenses: tuple[DefenseInfo, ...]
     evaluated: Mapping[tuple[str, str], int]
     probes: tuple[Finding, ...]
     proofs: tuple[StageProof, ...]
@@ -123,6 +126,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         encoders=tuple(with_layer_maps(info, cells) for info in evidence.encoders),
         heads=evidence.heads,
         data=evidence.data,
+        defenses=evidence.defenses,
         cells=cells,
         worst_case=worst_cases(records),
         findings=tuple(findings),

@@ -1,4 +1,4 @@
-"""`rbx fit` as a function: one training, of an attack or of an encoder, from names to an artefact on disk."""
+"""`rbx fit` as a function: one training, of an attack, a defence or an encoder, from names to an artefact on disk."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from robustbench_x.errors import ConfigError, SourceError, UnknownNameError, Usa
 from robustbench_x.fitting.artifact import read_artifact, write_artifact
 from robustbench_x.fitting.harden import find_inner
 from robustbench_x.hardening import HardeningSpec
-from robustbench_x.plugin import AttackSpec
+from robustbench_x.plugin import AttackSpec, DefenseSpec
 from robustbench_x.registry import Registry
 from robustbench_x.threat import ThreatModel
 
@@ -26,7 +26,7 @@ class FitRequest:
     """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped."""
 
     plugin: str
-    encoder: str
+    encoder: str | None
     threat: ThreatModel
     out: Path
     params: dict[str, Any]
@@ -47,14 +47,22 @@ def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | Non
         SampleError: The training failed.
     """
     spec = _trainable(registry, request.plugin)
-    if request.threat.radius == 0:
+    if not isinstance(spec, DefenseSpec) and request.threat.radius == 0:
         raise ConfigError("eps is 0: there is nothing to train")
+    for_one = not isinstance(spec, DefenseSpec) or spec.per_encoder
+    if request.encoder is None and for_one:
+        raise UsageError(f"{spec.name} is fitted on one encoder; name it with --encoder")
+    if request.encoder is not None and not for_one:
+        raise UsageError(f"{spec.name} serves every encoder alike; leave --encoder out")
     if request.out.suffix != ".safetensors":
         raise UsageError(f"--out {request.out}: an artefact is a .safetensors file")
     _check_out(request.out)
     supply = _make_supply(request, registry, progress or Silent())
-    train = _hardening if isinstance(spec, HardeningSpec) else _learning
-    found = train(request, spec, supply)  # type: ignore[arg-type]  # each gets its own kind
+    if isinstance(spec, DefenseSpec):
+        found = _defending(request, spec, supply)
+    else:
+        train = _hardening if isinstance(spec, HardeningSpec) else _learning
+        found = train(request, spec, supply)  # type: ignore[arg-type]  # each gets its own kind
     write_artifact(request.out, found.artifact)
     return found
 
@@ -67,19 +75,32 @@ def _learning(request: FitRequest, spec: AttackSpec, supply: Supply) -> Supplied
         if name in request.params:
             raise ConfigError(f"{spec.name}.{name} is for an audit; rbx fit makes the artefact, on --encoder")
     attack = spec.build(request.params)
-    return supply.artifact(spec, attack, supply.load(request.encoder), request.threat)
+    return supply.artifact(spec, attack, supply.load(_named(request)), request.threat)
+
+
+def _defending(request: FitRequest, spec: DefenseSpec, supply: Supply) -> Supplied:
+    """What a defence learns."""
+    if "artifact" in request.params:
+        raise ConfigError(f"{spec.name}.artifact is for an audit; rbx fit makes the artefact")
+    defense = spec.build({**request.params, "artifact": ""})
+    return supply.defense(spec, defense, None if request.encoder is None else supply.load(request.encoder))
+
+
+def _named(request: FitRequest) -> str:
+    assert request.encoder is not None, "checked at the start"
+    return request.encoder
 
 
 def _hardening(request: FitRequest, spec: HardeningSpec, supply: Supply) -> Supplied:
     """The weights of a hardened encoder."""
-    if any(path.resolve() == request.out.resolve() for path in files_behind(request.encoder)):
+    encoder = _named(request)
+    if any(path.resolve() == request.out.resolve() for path in files_behind(encoder)):
         raise UsageError(
-            f"--out {request.out}: {request.encoder} is read from this file, and what is made of it refers to it; "
-            "name another"
+            f"--out {request.out}: {encoder} is read from this file, and what is made of it refers to it; name another"
         )
     hardening = spec.build(request.params)
     inner = find_inner(supply.registry, hardening, request.threat)
-    return supply.hardened(spec, hardening, inner, supply.load(request.encoder), request.threat)
+    return supply.hardened(spec, hardening, inner, supply.load(encoder), request.threat)
 
 
 def _check_out(out: Path) -> None:
@@ -99,22 +120,21 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"--out {out}: the folder cannot be written to")
 
 
-def _trainable(registry: Registry, name: str) -> AttackSpec | HardeningSpec:
-    """The hardening called `name`, or the attack, which must have something to train.
+def _trainable(registry: Registry, name: str) -> AttackSpec | HardeningSpec | DefenseSpec:
+    """The attack, hardening or defence called `name`, which must have something to train.
 
     Raises:
         UnknownNameError: There is none of that name.
         UsageError: It has nothing to train.
     """
-    if name in registry.hardenings:
-        return registry.hardenings[name]
-    if name not in registry.attacks:
-        raise UnknownNameError("attack or hardening", name, [*registry.attacks, *registry.hardenings])
-    spec = registry.attacks[name]
-    if not spec.fits:
-        known = [other.name for other in registry.attacks.values() if other.fits]
-        raise UsageError(f"{name} has nothing to train; rbx fit takes {', '.join([*known, *registry.hardenings])}")
-    return spec
+    kinds = (registry.attacks, registry.hardenings, registry.defenses)
+    known = [spec.name for kind in kinds for spec in kind.values() if getattr(spec, "fits", True)]
+    for kind in kinds:
+        if name in kind:
+            if name not in known:
+                raise UsageError(f"{name} has nothing to train; rbx fit takes {', '.join(known)}")
+            return kind[name]
+    raise UnknownNameError("attack, hardening or defense", name, [n for kind in kinds for n in kind])
 
 
 def _make_supply(request: FitRequest, registry: Registry, progress: Progress) -> Supply:

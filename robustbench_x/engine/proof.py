@@ -20,6 +20,7 @@ def proof_of(stage: StageAtWork) -> StageProof:
         images=stage.data_digest(),
         answers={name: tuple(values) for name, values in stage.answers().items()},
         tuned={name: head.encoder.sha256 for name, head in stage.heads.items() if head.encoder is not None},
+        defenses={title: shield.learned for title, shield in stage.shields.items() if shield and shield.learned},
     )
 
 
@@ -28,8 +29,8 @@ def same_proof(stored: StageProof, now: StageProof) -> bool:
 
     Tuned weights count to the bit: trained again elsewhere, they answer alike and are another victim all the same.
     """
-    same = (stored.sha256, stored.images, stored.tuned) == (now.sha256, now.images, now.tuned)
-    return same and same_answers(stored, now)
+    mine, theirs = ((p.sha256, p.images, p.tuned, p.defenses) for p in (now, stored))
+    return mine == theirs and same_answers(stored, now)
 
 
 def same_answers(stored: StageProof, now: StageProof) -> bool:
@@ -44,7 +45,8 @@ def same_answers(stored: StageProof, now: StageProof) -> bool:
 
 def changed(stage: Stage) -> str:
     """The middle of the sentence that refuses a changed victim."""
-    return f"the weights, code or heads of {stage.encoder} or the images of {stage.data} changed since this audit was"
+    what = f"the weights, code, heads or defenses of {stage.encoder} or the images of {stage.data}"
+    return f"{what} changed since this audit was"
 
 
 def stage_notes(stage: StageAtWork) -> dict[str, Any]:
@@ -84,4 +86,5 @@ def stage_notes(stage: StageAtWork) -> dict[str, Any]:
             license=dataset.license,
             notes=dataset.notes,
         ).model_dump(mode="json"),
+        "defenses": [info.model_dump(mode="json") for info in stage.defenses()],
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, draw_subset, open_dataset
-from robustbench_x.encoders.encoder import LoadedEncoder
+from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.artifacts import Artifacts
 from robustbench_x.engine.craft import AttackAtWork, craft_rows, failed_rows, is_out_of_memory
@@ -17,15 +17,16 @@ from robustbench_x.engine.finish import finish, now
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_notes
+from robustbench_x.engine.shields import arm_shields, with_imitations
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
 from robustbench_x.engine.supply import Supply
 from robustbench_x.errors import DataError, RunError, SampleError, UsageError
 from robustbench_x.fitting.ground import device_name
-from robustbench_x.plan import UNDEFENDED, Plan, Stage, make_plan
+from robustbench_x.plan import UNDEFENDED, Craft, Plan, Stage, make_plan
+from robustbench_x.plugin import AttackSpec
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.result import Report, StageProof, read_report
 from robustbench_x.store import RunFolder
-from robustbench_x.victim import Shield
 
 __all__ = ["resolve_device", "run_audit"]
 
@@ -112,7 +113,7 @@ class _Run:
         self._part = self.batch_size
         self._loaded: tuple[str, LoadedEncoder] | None = None
         self._datasets: dict[str, Dataset] = {}
-        supply = Supply(
+        self._supply = Supply(
             registry=registry,
             open_dataset=self._dataset,
             surrogate=config.surrogate,
@@ -123,7 +124,7 @@ class _Run:
             bf16=config.precision == "bf16",
             allow_pickle=config.allow_pickle,
         )
-        self._artifacts = Artifacts(folder=folder, config=config, supply=supply)
+        self._artifacts = Artifacts(folder=folder, config=config, supply=self._supply)
 
     def verify(self, report: Report) -> Report:
         """The stored report of a finished run, once it is shown to be about what the sources hold today.
@@ -186,19 +187,15 @@ class _Run:
         return self._loaded[1]
 
     def _at_work(self, stage: Stage) -> StageAtWork:
-        shields = {
-            entry.title: Shield(
-                spec=self.registry.defenses[entry.name],
-                defense=self.registry.defenses[entry.name].build(entry.params),
-            )
-            for entry in self.config.defense
-        }
-        loaded = self._encoder(stage.encoder)
+        loaded, dataset = self._encoder(stage.encoder), self._dataset(stage.data)
+        shields, learned = arm_shields(self.config, self.registry, self._supply, loaded.encoder, dataset)
+        shields = with_imitations(shields, stage, self.config, self._supply, loaded.encoder)
         return StageAtWork(
             stage,
             loaded=loaded,
-            dataset=self._dataset(stage.data),
+            dataset=dataset,
             shields=shields,
+            learned=learned,
             config=self.config,
             registry=self.registry,
             device=self.device,
@@ -225,6 +222,7 @@ class _Run:
                 spec=specs[craft.id],
                 attack=specs[craft.id].build(craft.attack.params),
                 surrogate=surrogate if specs[craft.id].access == "encoder" and not specs[craft.id].fits else None,
+                partners=self._partners(specs[craft.id], craft),
             )
             for craft in stage.crafts
         ]
@@ -235,6 +233,12 @@ class _Run:
         for attack in at_work:
             stored = all(self.folder.has_batch(attack.craft.id, number) for number in range(work.num_batches))
             self._run_craft(work, attack if stored else self._with_artifact(work, attack))
+
+    def _partners(self, spec: AttackSpec, craft: Craft) -> tuple[Encoder, ...]:
+        """The further public encoders that an attack runs on; one that is fitted has them in its training."""
+        if spec.fits:
+            return ()
+        return tuple(self._supply.load(source) for source in spec.partners(spec.build(craft.attack.params)))
 
     def _with_artifact(self, stage: StageAtWork, work: AttackAtWork) -> AttackAtWork:
         """`work` with what it learned, or with why it learned nothing: its samples then become error rows."""

@@ -12,6 +12,7 @@ from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset, Item, draw_subset
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.engine.progress import Progress
+from robustbench_x.engine.shields import describe_shields
 from robustbench_x.errors import DataError, NothingEvaluatedError
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.heads.build import build_head
@@ -20,6 +21,7 @@ from robustbench_x.judge import Reading, read_features
 from robustbench_x.plan import UNDEFENDED, Stage
 from robustbench_x.randomness import derive_seed
 from robustbench_x.registry import Registry
+from robustbench_x.result import DefenseInfo, FitInfo
 from robustbench_x.victim import DefendedEncoder, Shield
 
 __all__ = ["Batch", "StageAtWork", "select_items"]
@@ -53,6 +55,7 @@ class StageAtWork:
         loaded: The public encoder, on its device.
         dataset: The data set.
         shields: Built defences by title.
+        learned: What those that are fitted have learned.
         config: The audit.
         registry: Where heads are looked up.
         device: Where to compute.
@@ -67,6 +70,7 @@ class StageAtWork:
         loaded: LoadedEncoder,
         dataset: Dataset,
         shields: Mapping[str, Shield],
+        learned: Mapping[str, FitInfo],
         config: AuditConfig,
         registry: Registry,
         device: torch.device,
@@ -77,6 +81,8 @@ class StageAtWork:
         self.encoder = loaded.encoder
         self.dataset = dataset
         self.device = device
+        self.config = config
+        self.learned = learned
         self.seed = config.seed
         self.judge_draws = config.judge_draws
         self.shields: dict[str, Shield | None] = {UNDEFENDED: None, **shields}
@@ -155,11 +161,30 @@ class StageAtWork:
                     self.defended(shield, head),
                     draws=self.judge_draws,
                     seed=derive_seed(self.seed, "clean", batch.number, start),
-                ).features
+                )
                 for start in range(0, len(batch.images), size)
             ]
-            self._clean[key] = Reading(features=torch.cat(parts, dim=1))
-        return Reading(features=self._clean[key].features[:, part])
+            scores = [reading.acceptance for reading in parts if reading.acceptance is not None]
+            self._clean[key] = Reading(
+                features=torch.cat([reading.features for reading in parts], dim=1),
+                acceptance=torch.cat(scores) if scores else None,
+            )
+        held = self._clean[key]
+        return Reading(
+            features=held.features[:, part], acceptance=None if held.acceptance is None else held.acceptance[part]
+        )
+
+    def defenses(self) -> list[DefenseInfo]:
+        """What the report says of each defence of this stage."""
+        shields = {title: shield for title, shield in self.shields.items() if shield is not None}
+        return describe_shields(
+            shields,
+            self.learned,
+            stage=self.stage,
+            config=self.config,
+            encoder=self.encoder,
+            images=self.batch(0).images,
+        )
 
     @torch.no_grad()
     def answers(self) -> dict[str, list[float]]:

@@ -17,19 +17,22 @@ from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress
 from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact, check_artifact, read_artifact, write_artifact
+from robustbench_x.fitting.defense_job import DefenseJob, decisive
 from robustbench_x.fitting.ground import Ground, Job, Pool, make_pool
 from robustbench_x.fitting.harden import HardenJob, Inner
+from robustbench_x.fitting.imitation import ImitationJob
 from robustbench_x.fitting.job import FitJob
+from robustbench_x.fitting.patches import make_patches
 from robustbench_x.hardening import Hardening, HardeningSpec
 from robustbench_x.integrity import Seal
 from robustbench_x.plan import UNDEFENDED
-from robustbench_x.plugin import AttackSpec, FittedAttack
+from robustbench_x.plugin import AttackSpec, DefenseSpec, FittedAttack, FittedDefense, Spec
 from robustbench_x.registry import Registry
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import Shield
 from robustbench_x.views import Knowledge
 
-__all__ = ["DEFAULT_SURROGATE", "SHIPPED", "Perceived", "Supplied", "Supply"]
+__all__ = ["DEFAULT_SURROGATE", "SHIPPED", "Perceived", "Supplied", "Supply", "find_defense"]
 
 DEFAULT_SURROGATE = "packaged:crops"
 """What an attacker trains on when no surrogate data is named."""
@@ -70,8 +73,8 @@ class Supply:
     bf16: bool = False
     allow_pickle: bool = False
     fresh: bool = False
-    _pools: dict[tuple[str, tuple[int, int]], Pool] = field(default_factory=dict, init=False, repr=False)
-    """Decoded surrogate images by encoder and size: every attack on an encoder trains on the same."""
+    _pools: dict[tuple[str, tuple[int, int], str], Pool] = field(default_factory=dict, init=False, repr=False)
+    """Decoded images by encoder, size and source: every attack on an encoder trains on the same."""
     _loaded: dict[str, Encoder] = field(default_factory=dict, init=False, repr=False)
     """Further encoders by source."""
 
@@ -139,6 +142,53 @@ class Supply:
         ground = self._ground(encoder, threat)
         return self._fitted(HardenJob(spec=spec, hardening=hardening, inner=inner, ground=ground), None)
 
+    def defense(
+        self, spec: DefenseSpec, defense: FittedDefense, encoder: Encoder | None, dataset: Dataset | None = None
+    ) -> Supplied:
+        """What `defense` learned: a file, the shipped artefact, or trained on clean images now; for `encoder` where it
+        is fitted for one, and then on the training images of `dataset`, where there are any.
+
+        Raises:
+            UsageError: What was asked for cannot be had, or does not belong.
+            SampleError: The training failed.
+        """
+        if not defense.artifact:
+            return self._fitted(self.defense_job(spec, defense, encoder, dataset), None)
+        found = find_defense(spec, defense, encoder)
+        made = found.artifact.provenance
+        wanted = decisive(spec, defense)
+        for p in spec.params:
+            asked, held = wanted.get(p.name), made.params.get(p.name)
+            if p.name in wanted and asked != p.default and asked != held:
+                raise SourceError(
+                    f"{found.origin} was trained with {p.name}={held}, not {asked}; leave {spec.name}.{p.name} out, "
+                    f"or set {spec.name}.artifact= to train it"
+                )
+        return found
+
+    def defense_job(
+        self, spec: DefenseSpec, defense: FittedDefense, encoder: Encoder | None, dataset: Dataset | None = None
+    ) -> DefenseJob:
+        """The training of `defense`, on patches of the clean images or on these at the size of its encoder."""
+        if spec.per_encoder:
+            assert encoder is not None, f"{spec.name} is fitted for an encoder"
+            pool = self._pool(encoder, dataset if dataset is not None and dataset.train else None)
+        else:
+            encoder, pool = None, self._patches(spec.patch(defense))
+        ground = Ground(
+            public=encoder, pool=pool, threat=ThreatModel(eps=0), seed=self.seed, device=self.device, bf16=False
+        )
+        return DefenseJob(spec=spec, defense=defense, ground=ground)
+
+    def imitation(self, shield: Shield, params: Mapping[str, Any], encoder: Encoder) -> Supplied:
+        """A network that was trained to do what `shield` does to the surrogate images at the size of `encoder`.
+
+        Raises:
+            SampleError: The training failed.
+        """
+        ground = self._ground(encoder, ThreatModel(eps=0))
+        return self._fitted(ImitationJob(ground=ground, shield=shield, shield_params=params), None)
+
     def fitted_on(self, attack: FittedAttack[Any], victim: Encoder) -> Encoder:
         """The encoder that `attack` is trained on."""
         return victim if attack.fit_encoder in ("", victim.source) else self.load(attack.fit_encoder)
@@ -165,7 +215,7 @@ class Supply:
 
     def _ground(self, encoder: Encoder, threat: ThreatModel, partners: Sequence[str] = ()) -> Ground:
         return Ground(
-            encoder=encoder,
+            public=encoder,
             partners=tuple(self.load(source) for source in partners),
             pool=self._pool(encoder),
             threat=threat,
@@ -174,21 +224,36 @@ class Supply:
             bf16=self.bf16,
         )
 
-    def _pool(self, encoder: Encoder) -> Pool:
-        key = encoder.source, encoder.input_size
+    def _pool(self, encoder: Encoder, dataset: Dataset | None = None) -> Pool:
+        """The surrogate images at this encoder's size, or the training images of `dataset`."""
+        source = self.surrogate or DEFAULT_SURROGATE if dataset is None else f"{dataset.source} (training images)"
+        key = encoder.source, encoder.input_size, source
         if key not in self._pools:
-            self._pools[key] = self._decoded(encoder)
+            self._pools[key] = self._decoded(encoder, dataset or self.open_dataset(source), source)
         return self._pools[key]
 
-    def _decoded(self, encoder: Encoder) -> Pool:
-        source = self.surrogate or DEFAULT_SURROGATE
-        dataset = self.open_dataset(source)
+    def _decoded(self, encoder: Encoder, dataset: Dataset, source: str) -> Pool:
         items = draw_subset(dataset.train or dataset.test, self.samples, seed=self.seed)
-        self.progress.task(f"reading {len(items)} surrogate images of {source}")
+        self.progress.task(f"reading {len(items)} images of {source}")
         pool = make_pool(source, items, encoder.preprocessing)
         for message in pool.unreadable:
-            self.progress.say(f"surrogate image left out: {message}")
+            self.progress.say(f"left out: {message}")
         return pool
+
+    def _patches(self, side: int) -> Pool:
+        source = self.surrogate or DEFAULT_SURROGATE
+        key = "", (side, side), source
+        if key not in self._pools:
+            dataset = self.open_dataset(source)
+            self.progress.task(f"cutting {self.samples} patches of {source}")
+            items = dataset.train or dataset.test
+            # Of a long list a part, each image for several patches: decoding is what takes the time.
+            items = draw_subset(items, min(len(items), max(self.samples // 4, 1)), seed=self.seed)
+            pool = make_patches(source, items, side=side, count=self.samples, seed=self.seed)
+            for message in pool.unreadable:
+                self.progress.say(f"left out: {message}")
+            self._pools[key] = pool
+        return self._pools[key]
 
     def _fitted(self, job: Job, outer: Seal | None) -> Supplied:
         """Trained now or earlier; an interrupted training goes on. One that tampered with a model is thrown away."""
@@ -202,7 +267,8 @@ class Supply:
                 return Supplied(read_artifact(path), "fitted earlier with these settings")
             except SourceError:
                 self.progress.say(f"{path} is damaged: it is made again")
-        name, source = job.name, job.ground.encoder.source
+        name, public = job.name, job.ground.public
+        source = job.ground.pool.source if public is None else public.source
         self.progress.task(f"fitting {name} on {source}")
 
         def show(done: int, total: int, losses: Mapping[str, float]) -> None:
@@ -224,7 +290,9 @@ class Supply:
         write_artifact(path, artifact)
         checkpoint.unlink(missing_ok=True)
         made = artifact.provenance
-        self.progress.say(f"{name} fitted on {source} with {made.surrogate}: {made.steps} steps, {made.seconds:.0f} s")
+        self.progress.say(
+            f"{name} fitted on {made.encoder} with {made.surrogate}: {made.steps} steps, {made.seconds:.0f} s"
+        )
         return Supplied(artifact, "fitted for this run")
 
 
@@ -251,3 +319,31 @@ def _find(spec: AttackSpec, asked: str, encoder: Encoder, threat: ThreatModel) -
         f"{spec.name} ships no artefact for {encoder.source} (norm {threat.norm}, sha256 {encoder.sha256}); it ships "
         f"{', '.join(known) or 'no encoder'}; leave artifact empty to fit one"
     )
+
+
+def find_defense(spec: DefenseSpec, defense: FittedDefense, encoder: Encoder | None) -> Supplied:
+    """The artefact that a defence names: a file, or a shipped one of the same parameters."""
+    wanted = "" if encoder is None or not spec.per_encoder else encoder.sha256
+    if defense.artifact != SHIPPED:
+        found = Supplied(read_artifact(Path(defense.artifact).expanduser()), f"artefact {defense.artifact}")
+        made = found.artifact.provenance
+        if made.plugin != spec.name:
+            raise SourceError(f"{found.origin} was fitted by {made.plugin}, not by {spec.name}")
+        if made.encoder_sha256 != wanted:
+            raise SourceError(
+                f"{found.origin} was fitted on {made.encoder} with sha256 {made.encoder_sha256 or 'none'}"
+            )
+        return found
+    params = {name: value for name, value in decisive(spec, defense).items() if value != _default(spec, name)}
+    for path in sorted(spec.shipped.glob("*.safetensors")) if spec.shipped else []:
+        artifact = read_artifact(path)
+        made = artifact.provenance
+        same = all(made.params.get(name) == value for name, value in params.items())
+        if (made.plugin, made.encoder_sha256) == (spec.name, wanted) and same:
+            return Supplied(artifact, f"shipped artefact {path.name}")
+    asked = ", ".join(f"{name}={value}" for name, value in params.items()) or "its defaults"
+    raise SourceError(f"{spec.name} ships no artefact for {asked}; set {spec.name}.artifact= (empty) to train one")
+
+
+def _default(spec: Spec, name: str) -> object:
+    return next(p.default for p in spec.params if p.name == name)

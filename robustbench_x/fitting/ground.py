@@ -85,9 +85,13 @@ class Job(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """The part of a training that is no plugin's. `encoder` and `partners` stand on `device`."""
+    """The part of a training that is no plugin's. `public` and `partners` stand on `device`.
 
-    encoder: Encoder
+    `public` is the encoder that is fitted on, None for a defence that serves them all. `threat` is a budget of zero for
+    a defence, which learns from clean images alone.
+    """
+
+    public: Encoder | None
     pool: Pool
     threat: ThreatModel
     seed: int
@@ -96,9 +100,15 @@ class Ground:
     partners: tuple[Encoder, ...] = ()
 
     @property
+    def encoder(self) -> Encoder:
+        """The encoder that is fitted on."""
+        assert self.public is not None, "this training stands on no encoder"
+        return self.public
+
+    @property
     def encoders(self) -> tuple[Encoder, ...]:
         """All of them, the one that is fitted on first."""
-        return (self.encoder, *self.partners)
+        return (*([] if self.public is None else [self.public]), *self.partners)
 
     def key(self, spec: Spec, params: Mapping[str, Any], *more: object) -> str:
         """A digest of everything that decides the training, the same on every machine and device.
@@ -158,13 +168,14 @@ class Ground:
 
     def provenance(self, spec: Spec, params: Mapping[str, Any], key: str, trained: Trained, **more: Any) -> Provenance:
         """What the artefact of a finished training says of itself; `more` are the fields of one kind of training."""
-        threat = self.threat
+        threat, public = self.threat, self.public
+        height, width = self.pool.levels.shape[-2:]
         return Provenance(
             plugin=spec.name,
             version=__version__,
-            encoder=self.encoder.source,
-            encoder_sha256=self.encoder.sha256,
-            input_size=self.encoder.input_size,
+            encoder="none" if public is None else public.source,
+            encoder_sha256="" if public is None else public.sha256,
+            input_size=(height, width) if public is None else public.input_size,
             partners=tuple(encoder.source for encoder in self.partners),
             partners_sha256=tuple(encoder.sha256 for encoder in self.partners),
             surrogate=self.pool.source,

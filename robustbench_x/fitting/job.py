@@ -63,7 +63,9 @@ class FitJob:
     def key(self) -> str:
         """See `Ground.key`; with the defence it is fitted through."""
         shield = self.shield
-        behind = [] if shield is None else [shield.spec.name, code_digest(type(shield.defense).__module__)]
+        behind = (
+            [] if shield is None else [shield.spec.name, code_digest(type(shield.defense).__module__), shield.learned]
+        )
         return self.ground.key(self.spec, self.params, behind, dict(self.shield_params or {}), self.knowledge)
 
     def cache_key(self) -> str:

@@ -1,13 +1,19 @@
 """What every defence must keep."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from robustbench_x.engine.supply import find_defense
+from robustbench_x.fitting.defense_job import CALIBRATION, DefenseJob
 from robustbench_x.plugin import Defense, DefenseSpec, check_spec
-from robustbench_x.testing.toys import toy_victim
+from robustbench_x.testing.toys import toy_ground, toy_victim
+from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import Shield, fresh_draw, perceive
+from robustbench_x.views import EncoderHandle, Meter
 
 __all__ = ["DEFENSE_CHECKS"]
 
@@ -27,7 +33,8 @@ def returns_images(spec: DefenseSpec) -> None:
     defense, images = _build(spec), toy_victim().images
     for batch in (images, images[:1], images[..., :27, :21]):
         out = _apply(defense, batch)
-        assert out.shape[:2] == batch.shape[:2], f"{spec.name}: {tuple(batch.shape)} became {tuple(out.shape)}"
+        fits = out.ndim in (4, 5) and (out.shape[0], out.shape[-3]) == tuple(batch.shape[:2])
+        assert fits, f"{spec.name}: {tuple(batch.shape)} became {tuple(out.shape)}"
         assert (out.dtype, out.device) == (batch.dtype, batch.device), f"{spec.name} returned {out.dtype}, {out.device}"
         assert out.isfinite().all(), f"{spec.name} returned NaN or infinity"
         assert out.min() >= 0, f"{spec.name} returned pixels below 0: {float(out.min()):.3g}"
@@ -68,7 +75,8 @@ def leaves_inputs_alone(spec: DefenseSpec) -> None:
 def lets_gradients_through(spec: DefenseSpec) -> None:
     """At every level it lists, each sample gets a finite, non-zero gradient at the deployed output's value."""
     images = toy_victim().images
-    shield = Shield(spec=spec, defense=_build(spec))
+    # An imitation is the harness's; here the identity stands for one.
+    shield = Shield(spec=spec, defense=_build(spec), imitation=lambda pixels: pixels)
     for knowledge in spec.knowledge:
         if knowledge == "oblivious":
             continue
@@ -85,6 +93,24 @@ def lets_gradients_through(spec: DefenseSpec) -> None:
         assert (sizes > 0).all(), f"{spec.name} ({knowledge}): {int((sizes == 0).sum())} gradients are zero"
 
 
+def scores_images(spec: DefenseSpec) -> None:
+    """A detector passes images as they are and scores each alone, with a finite score and gradient; others need not."""
+    if not spec.detects:
+        return
+    victim, detector = toy_victim(), _build(spec)
+    encoder = EncoderHandle(victim.encoder, lambda images: images, Meter())
+    pixels = (0.05 + 0.9 * victim.images).requires_grad_(True)
+    scores = detector.score(pixels, encoder)  # type: ignore[attr-defined]  # it detects
+    assert scores.shape == (len(pixels),), f"{spec.name} scored {len(pixels)} images as {tuple(scores.shape)}"
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert scores.isfinite().all(), f"{spec.name}: a score is not finite"
+    assert gradient.isfinite().all(), f"{spec.name}: a gradient of the score is not finite"
+    assert (gradient.flatten(1).abs().amax(dim=1) > 0).all(), f"{spec.name}: a score has no gradient"
+    alone = torch.cat([detector.score(image[None], encoder) for image in pixels])  # type: ignore[attr-defined]
+    gap = float(((scores - alone).abs() / scores.abs().clamp(min=1e-3)).detach().max())
+    assert gap < 1e-2, f"{spec.name}: alone and in a batch scores differ by {gap:.3g}"
+
+
 DEFENSE_CHECKS: tuple[Callable[[DefenseSpec], None], ...] = (
     says_what_it_is,
     returns_images,
@@ -92,12 +118,31 @@ DEFENSE_CHECKS: tuple[Callable[[DefenseSpec], None], ...] = (
     is_as_random_as_declared,
     leaves_inputs_alone,
     lets_gradients_through,
+    scores_images,
 )
 
 
+@functools.cache
+def _learned(spec: DefenseSpec) -> Mapping[str, Tensor]:
+    """What the defence learned: the shipped artefact where that is its default, else a training on the toy encoder."""
+    defense = spec.build()
+    victim = toy_victim()
+    if defense.artifact:
+        encoder = victim.encoder if spec.per_encoder else None
+        return find_defense(spec, defense, encoder).artifact.tensors
+    ground = toy_ground(victim, ThreatModel(eps=0))
+    if not spec.per_encoder:
+        ground = dataclasses.replace(ground, public=None)
+    return DefenseJob(spec=spec, defense=defense, ground=ground).run(None).tensors
+
+
 def _build(spec: DefenseSpec) -> Defense:
-    defense: Defense = spec.build()
-    return defense
+    if not spec.fits:
+        built: Defense = spec.build()
+        return built
+    tensors = {name: tensor for name, tensor in _learned(spec).items() if name != CALIBRATION}
+    armed: Defense = spec.build().armed(tensors)
+    return armed
 
 
 def _apply(defense: Defense, images: Tensor, *, seed: int = 0) -> Tensor:

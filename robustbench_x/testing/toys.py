@@ -148,7 +148,8 @@ def make_view(
         return ImageView(**shared)
     if access == "encoder":
         handle = EncoderHandle(victim.encoder, lambda images: images, meter)
-        return EncoderView(**shared, encoder=handle, artifact=artifact)
+        partner = EncoderHandle(toy_victim(seed=1).encoder, lambda images: images, meter)
+        return EncoderView(**shared, encoder=handle, artifact=artifact, partners=(partner,))
     shared |= {"labels": victim.labels.clone(), "num_classes": victim.head.num_classes}
     if access == "whitebox":
         return WhiteboxView(**shared, model=ModelHandle(victim.logits, meter))
@@ -185,7 +186,7 @@ def toy_ground(victim: ToyVictim, threat: ThreatModel, *, seed: int = 0, partner
     coarse = torch.rand(24, 3, 4, 4, generator=generator)
     images = F.interpolate(coarse, victim.encoder.input_size, mode="bilinear", align_corners=False)
     return Ground(
-        encoder=victim.encoder,
+        public=victim.encoder,
         partners=(victim.encoder,) * partners,
         pool=Pool(source="toy:surrogate", levels=(images * 255).round().to(torch.uint8), sha256=str(seed)),
         threat=threat,

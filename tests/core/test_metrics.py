@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import chi2
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, roc_auc_score
 
 from robustbench_x.metrics import METRICS, Outcome, compute, worst_case
 from robustbench_x.stats import Interval, wilson
 
 _MEANS = ("linf", "l2", "ssim", "feature_cosine", "forwards", "backwards", "seconds")
-_OPTIONAL = {name for name, info in METRICS.items() if name == "targeted_success" or info.task == "retrieval"}
+_OPTIONAL = {name for name, info in METRICS.items() if name == "targeted_success" or info.task != "any"}
 
 
 def _outcome(
-    n: int, *, seed: int = 0, errors: float = 0.2, targets: float = 0.0, classes: int = 4, ranked: bool = False
+    n: int,
+    *,
+    seed: int = 0,
+    errors: float = 0.2,
+    targets: float = 0.0,
+    classes: int = 4,
+    ranked: bool = False,
+    watched: bool = False,
 ) -> Outcome:
     rng = np.random.default_rng(seed)
     error = rng.random(n) < errors
@@ -35,6 +42,10 @@ def _outcome(
         found = {f"{side}_ap": np.clip(1.4 * rng.random(n) - 0.2, 0, 1) for side in ("clean", "adv")}
         found |= {f"{side}_rank": rng.choice([1.0, 2.0, 9.0, 10.0, 11.0, 400.0], n) for side in ("clean", "adv")}
         values["retrieval"] = {name: np.where(error, np.nan, numbers) for name, numbers in found.items()}
+    if watched:
+        # Exactly 0 among them, which is still accepted.
+        found = {f"{side}_acceptance": rng.choice([-2.0, -0.5, 0.0, 0.5, 3.0], n) for side in ("clean", "adv", "adv8")}
+        values["acceptance"] = {name: np.where(error, np.nan, numbers) for name, numbers in found.items()}
     return Outcome(label=label, error=error, target=target, **values)
 
 
@@ -59,33 +70,50 @@ def _bounded_mean(values: list[float]) -> Interval:
 
 
 def _reference(o: Outcome) -> dict[str, Interval]:
-    arrays = {name: getattr(o, name) for name in Outcome.__dataclass_fields__ if name != "retrieval"}
-    arrays |= o.retrieval or {}
+    optional = ("retrieval", "acceptance")
+    arrays = {name: getattr(o, name) for name in Outcome.__dataclass_fields__ if name not in optional}
+    arrays |= (o.retrieval or {}) | (o.acceptance or {})
     rows = [{name: values[i].item() for name, values in arrays.items()} for i in range(len(o.label))]
     judged = [r for r in rows if not r["error"]]
     if not judged:
         names = set(METRICS) - _OPTIONAL
         names |= {"targeted_success"} if any(r["target"] >= 0 for r in rows) else set()
         names |= {m for m, info in METRICS.items() if info.task == "retrieval" and o.retrieval}
+        names |= {m for m, info in METRICS.items() if info.task == "detector" and o.acceptance}
         return {name: Interval() for name in names}
-    right = [r for r in judged if r["clean_pred"] == r["label"]]
+
+    def let_in(row: dict[str, Any], side: str) -> bool:
+        return bool(row.get(f"{side}_acceptance", 0.0) >= 0)
+
+    def correct(row: dict[str, Any]) -> bool:
+        return bool(row["clean_pred"] == row["label"]) and let_in(row, "clean")
+
+    def passes(row: dict[str, Any], side: str) -> bool:
+        return bool(row[f"{side}_pred"] != row["label"]) and let_in(row, side)
+
+    right = [r for r in judged if correct(r)]
     counts = Counter(r["adv_pred"] for r in judged)
     collapse = min(k for k in counts if counts[k] == max(counts.values()))
     found = {
-        "clean_accuracy": _rate([not r["error"] and r["clean_pred"] == r["label"] for r in rows]),
-        "robust_accuracy": _rate(
-            [not r["error"] and r["clean_pred"] == r["label"] and r["adv_pred"] == r["label"] for r in rows]
-        ),
-        "asr": _rate([r["adv_pred"] != r["label"] for r in right]),
-        "asr_total": _rate([r["adv_pred"] != r["label"] for r in judged]),
-        "flip_rate": _rate([r["adv_pred"] != r["clean_pred"] for r in judged]),
-        "asr_8bit": _rate([r["adv8_pred"] != r["label"] for r in right]),
+        "clean_accuracy": _rate([not r["error"] and correct(r) for r in rows]),
+        "robust_accuracy": _rate([not r["error"] and correct(r) and not passes(r, "adv") for r in rows]),
+        "asr": _rate([passes(r, "adv") for r in right]),
+        "asr_total": _rate([passes(r, "adv") for r in judged]),
+        "flip_rate": _rate([r["adv_pred"] != r["clean_pred"] and let_in(r, "adv") for r in judged]),
+        "asr_8bit": _rate([passes(r, "adv8") for r in right]),
         "collapse_ceiling": _rate([r["clean_pred"] != collapse for r in judged]),
         "linf_max": Interval(value=max(r["linf"] for r in judged)),
     }
+    if o.acceptance:
+        scores = [-r["adv_acceptance"] for r in judged] + [-r["clean_acceptance"] for r in judged]
+        found |= {
+            "refused_clean": _rate([not let_in(r, "clean") for r in judged]),
+            "refused": _rate([not let_in(r, "adv") for r in judged]),
+            "detector_auroc": Interval(value=roc_auc_score([1] * len(judged) + [0] * len(judged), scores)),
+        }
     if any(r["target"] >= 0 for r in rows):
         aimed = [r for r in judged if r["target"] >= 0]
-        found["targeted_success"] = _rate([r["adv_pred"] == r["target"] for r in aimed])
+        found["targeted_success"] = _rate([r["adv_pred"] == r["target"] and let_in(r, "adv") for r in aimed])
     if o.retrieval:
         found |= {
             "clean_map@10": _bounded_mean([r["clean_ap"] for r in judged]),
@@ -117,10 +145,11 @@ def _assert_same(found: dict[str, Interval], expected: dict[str, Interval]) -> N
 @pytest.mark.parametrize("n", [1, 2, 3, 40, 300])
 @pytest.mark.parametrize("errors", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("targets", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("ranked", [False, True])
-def test_every_metric_equals_the_reference(n: int, errors: float, targets: float, ranked: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "ranked", "watched"])
+def test_every_metric_equals_the_reference(n: int, errors: float, targets: float, kind: str) -> None:
     for seed in range(5):
-        outcome = _outcome(n, seed=seed, errors=errors, targets=targets, ranked=ranked)
+        chosen = {} if kind == "plain" else {kind: True}
+        outcome = _outcome(n, seed=seed, errors=errors, targets=targets, **chosen)
         _assert_same(compute(outcome), _reference(outcome))
 
 
@@ -133,8 +162,9 @@ def test_accuracies_equal_sklearn() -> None:
 
 
 def test_metrics_come_in_the_order_of_the_table() -> None:
-    assert list(compute(_outcome(20, targets=1.0, ranked=True))) == list(METRICS)
-    assert list(compute(_outcome(20, ranked=True))) == [name for name in METRICS if name != "targeted_success"]
+    assert list(compute(_outcome(20, targets=1.0, ranked=True, watched=True))) == list(METRICS)
+    everything = compute(_outcome(20, ranked=True, watched=True))
+    assert list(everything) == [name for name in METRICS if name != "targeted_success"]
     assert list(compute(_outcome(20))) == [name for name in METRICS if name not in _OPTIONAL]
     assert all(info.name == name for name, info in METRICS.items())
 
@@ -147,6 +177,25 @@ def test_only_what_ranks_has_retrieval_metrics() -> None:
     assert all(METRICS[name].is_rate and METRICS[name].higher_is_better for name in extra)
     everything = compute(ranked)
     _assert_same({name: everything[name] for name in compute(plain)}, compute(replace(ranked, retrieval=None)))
+
+
+def test_what_a_detector_refuses_fools_nobody_and_is_not_correct() -> None:
+    wrong = np.ones(4, dtype=np.int64)
+    acceptance = {
+        "clean_acceptance": np.array([1.0, 1.0, -1.0, 0.0]),
+        "adv_acceptance": np.array([1.0, -1.0, 1.0, -1e-9]),
+        "adv8_acceptance": np.array([-1.0, -1.0, 1.0, 1.0]),
+    }
+    o = _perfect(4, adv_pred=wrong, adv8_pred=wrong, acceptance=acceptance)
+    found = compute(o)
+    assert found["clean_accuracy"] == wilson(3, 4)
+    assert found["asr"] == wilson(1, 3)
+    assert found["robust_accuracy"] == wilson(2, 4)
+    assert found["asr_8bit"] == wilson(1, 3)
+    assert found["asr_total"] == wilson(2, 4)
+    assert found["refused_clean"] == wilson(1, 4)
+    assert found["refused"] == wilson(2, 4)
+    assert worst_case([o])["robust_accuracy"] == wilson(2, 4)
 
 
 def test_a_perfect_and_a_lost_ranking() -> None:

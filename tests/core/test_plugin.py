@@ -95,7 +95,7 @@ def test_a_sound_spec_is_accepted() -> None:
         (attack, {"norms": ()}, "norms is nothing"),
         (attack, {"norms": "linf"}, "norms is 'linf'"),
         (attack, {"goal": "world"}, "goal is 'world'"),
-        (defense, {"knowledge": ("none",)}, "knowledge is 'none'; choose from oblivious, bpda, full"),
+        (defense, {"knowledge": ("none",)}, "knowledge is 'none'; choose from oblivious, bpda, bpda_learned, full"),
         (attack, {"factory": NoDefault}, "parameter 'steps' has no default"),
         (attack, {"factory": Shadows}, "'label' is a key of audit.toml"),
     ],

@@ -64,7 +64,7 @@ def test_encoder_access_reaches_neither_head_nor_labels() -> None:
     view = make_view("encoder", victim, THREAT)
     assert _found(view, victim) == []
     assert {f.name for f in dataclasses.fields(view)} == {
-        "inputs", "threat", "random", "exhaustive", "encoder", "surrogate", "artifact",
+        "inputs", "threat", "random", "exhaustive", "encoder", "surrogate", "artifact", "partners",
     }  # fmt: skip
 
 

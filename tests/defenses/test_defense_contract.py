@@ -17,8 +17,9 @@ CHECKS = {check.__name__: check for check in DEFENSE_CHECKS}
 
 
 @pytest.mark.parametrize("check", DEFENSE_CHECKS, ids=lambda c: c.__name__)
-@pytest.mark.parametrize("name", list(REGISTRY.defenses))
+@pytest.mark.parametrize("name", [name for name in REGISTRY.defenses if name != "diffpure"])
 def test_every_defence_keeps_the_contract(name: str, check: Check) -> None:
+    """Diffusion purification needs a model of the user's; its own tests run the kit with a tiny one."""
     check(REGISTRY.defenses[name])
 
 

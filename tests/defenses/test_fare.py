@@ -80,7 +80,7 @@ def test_one_step_on_a_linear_encoder_is_the_one_worked_by_hand() -> None:
     params = {"steps": 1, "batch": 1, "rate": rate, "decay": decay, "warmup": 0.0, "inner": "embed?loss=l2&steps=5"}
     hardening = FARE.build(params)
     pool = Pool(source="one", levels=levels, sha256="one")
-    ground = Ground(encoder=encoder, pool=pool, threat=threat, seed=0, device=torch.device("cpu"))
+    ground = Ground(public=encoder, pool=pool, threat=threat, seed=0, device=torch.device("cpu"))
     job = HardenJob(spec=FARE, hardening=hardening, inner=find_inner(REGISTRY, hardening, threat), ground=ground)
     made = job.run(None)
     # The square of w.d is largest at either corner d = +-eps sign(w); which one, the random start decides.

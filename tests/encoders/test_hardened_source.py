@@ -62,7 +62,7 @@ def harden(out: str, source: str = BASE) -> Artifact:
     levels = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     hardening = FARE.build({"steps": 2, "batch": 4, "rate": 1e-2})
     pool = Pool(source="random", levels=levels, sha256="r")
-    ground = Ground(encoder=encoder, pool=pool, threat=threat, seed=0, device=torch.device("cpu"))
+    ground = Ground(public=encoder, pool=pool, threat=threat, seed=0, device=torch.device("cpu"))
     job = HardenJob(spec=FARE, hardening=hardening, inner=find_inner(REGISTRY, hardening, threat), ground=ground)
     made = job.run(None)
     write_artifact(Path(out), made)

@@ -60,7 +60,7 @@ def cell(
         if info.is_rate and name != "targeted_success" and info.task in ("any", task)
     }
     metrics = {name: _rate(*pair) for name, pair in {**rates, **(hits or {})}.items()}
-    means = {name: Measure(value=1.5) for name, info in METRICS.items() if not info.is_rate}
+    means = {name: Measure(value=1.5) for name, info in METRICS.items() if not info.is_rate and info.task == "any"}
     shield = defense if defense == "none" else f"{defense}:{knowledge}"
     return CellResult(
         id=f"{encoder} | {head} | {data} | {shield} | {attack} | linf {format_eps(eps)}",

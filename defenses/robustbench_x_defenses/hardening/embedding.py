@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from robustbench_x.fitting.adam import optimizer_state, restore_optimizer
 from robustbench_x.hardening import HardenView
 from robustbench_x.plugin import param
 
@@ -93,24 +94,14 @@ class EmbeddingTrainer:
     def state(self) -> dict[str, Tensor]:
         """See `Trainer`: the weights and AdamW's moments."""
         held = {f"{_WEIGHTS}{name}": tensor for name, tensor in self._view.backbone.state_dict().items()}
-        for place, weight in enumerate(self._weights):
-            for name, tensor in self._optimizer.state.get(weight, {}).items():
-                held[f"{_ADAM}{place}.{name}"] = tensor
+        held |= optimizer_state(self._optimizer, self._weights, _ADAM)
         return held
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `Trainer`."""
         weights = {name.removeprefix(_WEIGHTS): t for name, t in state.items() if name.startswith(_WEIGHTS)}
         self._view.backbone.load_state_dict(weights, strict=True)
-        for place, weight in enumerate(self._weights):
-            prefix = f"{_ADAM}{place}."
-            moments = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            if moments:
-                # In the weight's own memory layout, as AdamW would have made them.
-                self._optimizer.state[weight] = {
-                    name: torch.empty_like(weight, requires_grad=False).copy_(t) if t.ndim else t.clone()
-                    for name, t in moments.items()
-                }
+        restore_optimizer(self._optimizer, self._weights, _ADAM, state)
 
     def result(self) -> dict[str, Tensor]:
         """See `Trainer`: the state dict of the student."""

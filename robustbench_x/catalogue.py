@@ -100,8 +100,8 @@ def _defense(registry: Registry, spec: DefenseSpec) -> dict[str, Any]:
 def _hardening(registry: Registry, spec: HardeningSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
-        "eps": spec.eps,
-        "inner": next(p.default for p in spec.params if p.name == "inner"),
+        "eps": spec.eps if spec.attacked else "none",
+        "inner": next((p.default for p in spec.params if p.name == "inner"), "none"),
         "installed": not (spec.extra and spec.missing()),
         "from": registry.hardenings.origin(spec.name),
         "summary": spec.summary,

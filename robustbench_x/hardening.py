@@ -1,7 +1,8 @@
-"""What a hardening plugin registers: adversarial training of an encoder with the images of any encoder-level attack."""
+"""What a hardening plugin registers: training of an encoder on the images of any encoder-level attack, or on none."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +14,16 @@ from robustbench_x.plugin import AttackSpec, Spec, Trainer, check_common
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import EncoderHandle, ImagePool
 
-__all__ = ["Examples", "HardenView", "Hardening", "HardeningSpec", "InnerName", "check_hardening", "split_inner"]
+__all__ = [
+    "AttackedHardening",
+    "Examples",
+    "HardenView",
+    "Hardening",
+    "HardeningSpec",
+    "InnerName",
+    "check_hardening",
+    "split_inner",
+]
 
 Examples = Callable[[Tensor, int], Tensor]
 """Images `(N, 3, H, W)` in [0, 1] and the number of the step to adversarial images of the student as it stands."""
@@ -28,13 +38,13 @@ class HardenView:
         backbone: The student's network; its floating-point parameters are the ones to train, and its state dict is
             what `Trainer.result` returns. The original is out of reach.
         teacher: The original encoder, frozen.
-        surrogate: Unlabelled images of the encoder's input size.
-        threat: The budget that `examples` spends.
+        surrogate: Unlabelled images of the encoder's input size; empty for a hardening without an attack.
+        threat: The budget that `examples` spends; of eps 0 for a hardening without an attack.
         seed: All randomness of the training follows from it.
         device: Where everything stands.
         examples: Runs the inner attack on the student as it stands, frozen and metered, and returns its images
             projected to the budget, without a graph. The draws follow from the step and the place in the batch.
-            SampleError when the attack fails, returns NaN or tampers with the student.
+            SampleError when the attack fails, returns NaN or tampers with the student, or there is none.
     """
 
     student: EncoderHandle
@@ -48,17 +58,21 @@ class HardenView:
 
 
 class Hardening(Protocol):
-    """Trains an encoder on adversarial images. A frozen dataclass whose fields are its parameters.
+    """Makes another encoder of one. A frozen dataclass whose fields are its parameters."""
 
-    `inner` is one of them: the attack that makes the images, with its own parameters, as `split_inner` reads it.
+    def trainer(self, view: HardenView) -> Trainer:
+        """A training from its start; its `result` is the state dict of `view.backbone`."""
+
+
+class AttackedHardening(Hardening, Protocol):
+    """Trains an encoder on adversarial images.
+
+    `inner` is one of its parameters: the attack that makes them, with its own parameters, as `split_inner` reads it.
     """
 
     @property
     def inner(self) -> str:
         """The attack by name, for example `embed?loss=l2&steps=10`."""
-
-    def trainer(self, view: HardenView) -> Trainer:
-        """A training from its start; its `result` is the state dict of `view.backbone`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +82,17 @@ class HardeningSpec(Spec):
     Args:
         name: Lower-case; no attack has it.
         summary: One line for the catalogue.
-        factory: A frozen dataclass with a parameter `inner` and a method `trainer(view)`.
+        factory: A frozen dataclass with a method `trainer(view)`, and a parameter `inner` where `attacked`.
         source: Paper or origin.
         eps: The linf budget of `rbx fit` where none is given, as a user writes it.
+        attacked: Trains on the images of an attack. Else it changes the weights alone, by no image, attack or budget,
+            and the same whatever the seed.
+        reads: Files of a built hardening whose content decides what is learned.
     """
 
     eps: str = "4/255"
+    attacked: bool = True
+    reads: Callable[[Any], tuple[Path, ...]] = lambda hardening: ()
 
 
 class InnerName(NamedTuple):
@@ -103,11 +122,15 @@ def check_hardening(spec: HardeningSpec, attacks: Mapping[str, AttackSpec]) -> N
     """Refuses a malformed spec at registration.
 
     Raises:
-        PluginError: What `check_common` refuses, no parameter `inner`, or the name of an attack: `rbx fit` takes both.
+        PluginError: What `check_common` refuses, a missing or idle parameter `inner`, or the name of an attack, since
+            `rbx fit` takes both.
     """
     where = f"hardening '{spec.name}'"
     check_common(where, spec, ("trainer",))
-    if not any(p.name == "inner" and isinstance(p.default, str) for p in spec.params):
+    inner = [p for p in spec.params if p.name == "inner"]
+    if spec.attacked and not any(isinstance(p.default, str) for p in inner):
         raise PluginError(f"{where}: it has no parameter 'inner' that names its attack")
+    if inner and not spec.attacked:
+        raise PluginError(f"{where}: it has a parameter 'inner', but says attacked=False, so no attack would run")
     if spec.name in attacks:
         raise PluginError(f"{where}: an attack has this name already, and rbx fit takes both; choose another")

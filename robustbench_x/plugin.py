@@ -202,6 +202,10 @@ class Spec:
         return {p.name: getattr(built, p.name) for p in self.params}
 
 
+def _no_partners(attack: Any) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec(Spec):
     """An attack as the registry knows it.
@@ -234,8 +238,13 @@ class AttackSpec(Spec):
     fits: bool = False
     fitted_by: tuple[str, ...] | None = None
     shipped: Path | None = None
-    partners: Callable[[Any], tuple[str, ...]] = lambda attack: ()
+    partners: Callable[[Any], tuple[str, ...]] = _no_partners
     joint: bool = False
+
+    @property
+    def partners_run(self) -> bool:
+        """Whether it runs on other encoders than the victim's, and so never sees the victim."""
+        return not self.fits and self.partners is not _no_partners
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,8 @@ class Finding(_Stored):
     """A doubt about the evaluation: with level `error` its figures cannot be trusted.
 
     `cell` names the cell, or the victim as one attacker sees it, in which case `applies_to` lists its cells; no
-    `cell` means the whole run.
+    `cell` means the whole run. `figure` is what was measured, `threshold` where it becomes a finding (either may be
+    null), `source` where the check is from, `advice` what to do.
     """
 
     id: str
@@ -72,6 +73,10 @@ class Finding(_Stored):
     message: str
     cell: str | None = None
     applies_to: tuple[str, ...] = ()
+    figure: float | None = None
+    threshold: float | None = None
+    source: str = ""
+    advice: str = ""
 
 
 class Flag(_Stored):
@@ -95,7 +100,7 @@ class Provenance(_Stored):
 
     `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step; `key`
     digests everything that decides the training, the code of its plugins included. `inner` tells a hardened encoder
-    from what an attack learned.
+    from what an attack learned; its name is `none` for a hardening without an attack.
     """
 
     plugin: str

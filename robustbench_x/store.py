@@ -51,6 +51,8 @@ ROWS = pa.schema(
         ("clean_acceptance", pa.float64()),
         ("adv_acceptance", pa.float64()),
         ("adv8_acceptance", pa.float64()),
+        ("seen_fooled", pa.bool_()),
+        ("late_gain", pa.float64()),
         ("overrun", pa.float64()),
         ("forwards", pa.float64()),
         ("backwards", pa.float64()),
@@ -63,7 +65,9 @@ ROWS = pa.schema(
 rows. `margin` is the true class's logit minus the largest other on the adversarial image, `overrun` how far the
 candidate lay outside its budget before projection. `clean_ap`, `adv_ap` (average precision of the first 10) and
 `clean_rank`, `adv_rank` (place of the first relevant item) are null where the head ranks nothing. An acceptance is how
-clearly a detector accepts the image, in spreads of the clean scores: below 0 it is refused; null behind no detector."""
+clearly a detector accepts the image, in spreads of the clean scores: below 0 it is refused; null behind no detector.
+`seen_fooled` says whether the victim was seen to be wrong inside the budget while it was attacked, and `late_gain` how
+much of the gain in margin came with the last ten looks; null where nobody could watch."""
 
 RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
 """The columns of a head that ranks a gallery."""

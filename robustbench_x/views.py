@@ -40,6 +40,7 @@ Access = Literal["none", "encoder", "whitebox", "scores", "labels"]
 Knowledge = Literal["none", "oblivious", "bpda", "bpda_learned", "full"]
 """What an attacker has of a defence; see `robustbench_x.victim.perceive`."""
 Perceive = Callable[[Tensor], Tensor]
+Watch = Callable[[Tensor, Tensor], None]
 
 
 @final
@@ -143,18 +144,30 @@ class ModelHandle:
         meter: Counts passes.
         bf16: Runs the victim under bfloat16 autocast; logits are float32 all the same.
         stochastic: Whether the victim draws anew at every call.
+        watch: Told every question and its answer, on the harness's behalf.
     """
 
-    def __init__(self, logits: Perceive, meter: Meter, *, bf16: bool = False, stochastic: bool = False) -> None:
+    def __init__(
+        self,
+        logits: Perceive,
+        meter: Meter,
+        *,
+        bf16: bool = False,
+        stochastic: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
         self._logits = logits
         self._meter = meter
         self._bf16 = bf16
         self.stochastic = stochastic
+        self._watch = watch
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits `(N, K)` float32 of `images` `(N, 3, H, W)` in [0, 1]."""
         with _autocast(images, self._bf16):
             logits = self._logits(images).float()
+        if self._watch is not None:
+            self._watch(images, logits)
         return self._meter.count(logits, len(images))
 
 
@@ -171,10 +184,20 @@ class Query:
         meter: Counts images asked about.
         answer: `scores` returns logits, `labels` the predicted classes.
         cap: Most images that may be asked about in this batch; None for no cap.
+        watch: As for `ModelHandle`.
     """
 
-    def __init__(self, logits: Perceive, meter: Meter, *, answer: Literal["scores", "labels"], cap: int | None) -> None:
+    def __init__(
+        self,
+        logits: Perceive,
+        meter: Meter,
+        *,
+        answer: Literal["scores", "labels"],
+        cap: int | None,
+        watch: Watch | None = None,
+    ) -> None:
         self._ticket = id(self)
+        self._watch = watch
         _ORACLES[self._ticket] = logits
         self._meter = meter
         self._answer = answer
@@ -195,6 +218,8 @@ class Query:
         if self._cap is not None and self._meter.forwards + len(images) > self._cap:
             raise BudgetError(f"the query cap of {self._cap} images is spent ({self._meter.forwards} used)")
         logits = self._meter.count(_ORACLES[self._ticket](images).float(), len(images))
+        if self._watch is not None:
+            self._watch(images, logits)
         return logits.detach().clone() if self._answer == "scores" else logits.argmax(dim=1)
 
     def close(self) -> None:

@@ -33,10 +33,13 @@ def threat_from(norm: str, eps: str | None, placement: str) -> ThreatModel:
 
 
 def fit_threat(plugin: str, norm: str, eps: str | None, placement: str) -> ThreatModel:
-    """`threat_from`, with the linf budget of the hardening where `plugin` is one."""
+    """`threat_from`, with the linf budget of the hardening where `plugin` is one, or none where it needs none."""
     hardenings = load_registry().hardenings
-    if eps is None and norm == "linf" and plugin in hardenings:
-        eps = hardenings[plugin].eps
+    if eps is None and plugin in hardenings:
+        if not hardenings[plugin].attacked:
+            return ThreatModel(eps=0)
+        if norm == "linf":
+            eps = hardenings[plugin].eps
     return threat_from(norm, eps, placement)
 
 
@@ -46,10 +49,14 @@ def run_fit(request: FitRequest) -> None:
         found = fit_plugin(request, load_registry(), progress)
     made = found.artifact.provenance
     losses = ", ".join(f"{name} {value:.4g}" for name, value in made.losses.items())
+    images = (
+        f"{made.steps} steps on {count(made.surrogate_samples, 'image')} of {made.surrogate}"
+        if made.surrogate_samples
+        else "no image"
+    )
     lines = (
         f"{request.out}  sha256 {found.artifact.sha256}",
-        f"{_subject(made)}: {made.steps} steps on {count(made.surrogate_samples, 'image')} of {made.surrogate} in "
-        f"{made.seconds:.0f} s ({found.origin}); {losses}",
+        f"{_subject(made)}: {images} in {made.seconds:.0f} s ({found.origin}); {losses}",
         *([] if made.inner is None else [f"audit it: rbx audit -e hardened:{request.out}"]),
     )
     for line in lines:

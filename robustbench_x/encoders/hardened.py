@@ -15,6 +15,7 @@ from robustbench_x.numbers import format_eps
 if TYPE_CHECKING:
     from robustbench_x.fitting.artifact import Artifact
     from robustbench_x.registry import Registry
+    from robustbench_x.result import Provenance
 
 __all__ = ["files_behind", "make_source"]
 
@@ -81,11 +82,7 @@ def _load(source: str, path: Path, options: EncoderOptions, registry: "Registry"
     # A copy: what a user's function returns may be in use elsewhere.
     backbone: nn.Module = copy.deepcopy(base.encoder.backbone)
     load_strictly(backbone, artifact.tensors, source)
-    attack = "" if made.inner is None else f" on images of {made.inner.name}"
-    note = (
-        f"hardened by {made.plugin}{attack} ({made.threat.norm} {format_eps(made.threat.eps)}, {made.steps} steps) "
-        f"from {made.encoder} with sha256 {made.encoder_sha256}"
-    )
+    note = f"hardened by {made.plugin}{_means(made)} from {made.encoder} with sha256 {made.encoder_sha256}"
     encoder = Encoder(
         source=source,
         backbone=backbone,  # type: ignore[arg-type]  # a copy of a backbone
@@ -94,6 +91,13 @@ def _load(source: str, path: Path, options: EncoderOptions, registry: "Registry"
         notes=(*base.encoder.notes, note),
     )
     return LoadedEncoder(encoder, base.classifier)
+
+
+def _means(made: "Provenance") -> str:
+    """What an encoder was hardened with, in words: the images of an attack, or the parameters where there was none."""
+    if made.inner is None or made.inner.name == "none":
+        return f" ({', '.join(f'{name}={value}' for name, value in made.params.items())})"
+    return f" on images of {made.inner.name} ({made.threat.norm} {format_eps(made.threat.eps)}, {made.steps} steps)"
 
 
 def _read(source: str, path: Path) -> "Artifact":

@@ -24,7 +24,7 @@ __all__ = ["Artifacts", "artifact_path", "note_of"]
 
 def note_of(craft: Craft) -> str:
     """The name of the note about the artefact of a craft: one for all data sets that the attack meets alike."""
-    aware = [craft.seen, craft.knowledge] if craft.knowledge in ("bpda", "full") else []
+    aware = [] if craft.knowledge in ("none", "oblivious") else [craft.seen, craft.knowledge]
     parts = [craft.attack.model_dump_json(), craft.cells[0].encoder, repr(craft.threat), *aware]
     return f"fit-{hashlib.sha256(chr(31).join(parts).encode()).hexdigest()[:16]}"
 
@@ -129,7 +129,7 @@ class Artifacts:
             raise fault(f"what {craft.attack.title} learned cannot be used: {error}") from error
 
     def _perceived(self, stage: StageAtWork, craft: Craft) -> Perceived:
-        if craft.knowledge not in ("bpda", "full"):
+        if craft.knowledge in ("none", "oblivious"):
             return Perceived()
         shields = {entry.title: entry.params for entry in self.config.defense}
         return Perceived(stage.shields[craft.seen], craft.seen, shields[craft.seen], craft.knowledge)

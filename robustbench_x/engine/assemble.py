@@ -1,5 +1,6 @@
 """Rows on disk to the report: a pure function, so that a resumed run and an uninterrupted one agree."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,10 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from robustbench_x.config import AuditConfig
-from robustbench_x.diagnose import CellRecord, check_attackers, check_cell, check_pair, error_messages
+from robustbench_x.diagnose import (
+    CellRecord,
+    check_attackers,
+    check_budgets,
+    check_cell,
+    check_control,
+    check_draws,
+    check_pair,
+    check_transfer,
+    error_messages,
+)
 from robustbench_x.errors import RunError
 from robustbench_x.metrics import Outcome, compute, most_frequent, worst_case
-from robustbench_x.plan import Cell, Plan, with_noise
+from robustbench_x.plan import UNDEFENDED, Cell, Plan, with_noise
 from robustbench_x.registry import Registry
 from robustbench_x.result import CellResult, Collapse, Finding, FitInfo, Flag, HeadInfo, Measure, Threat, WorstCase
 from robustbench_x.stats import Interval, wilson
@@ -65,6 +76,8 @@ def assemble_cells(
             outcome=outcome,
             overrun=own["overrun"].astype(float),
             margin=own["margin"].astype(float),
+            seen_fooled=own["seen_fooled"].astype(float),
+            late_gain=own["late_gain"].astype(float),
             messages=error_messages(list(own["error"])),
             num_classes=num_classes[cell.encoder, cell.data, cell.head],
             metrics={name: measure(value) for name, value in compute(outcome).items()},
@@ -72,14 +85,18 @@ def assemble_cells(
     return records
 
 
-def cell_findings(records: Assembled) -> list[Finding]:
+def cell_findings(records: Assembled, config: AuditConfig, registry: Registry) -> list[Finding]:
     """What the rows reveal, cell by cell, cell against control, and all attacks on a victim together."""
+    random = {e.title for e in config.defense if registry.defenses[e.name].stochastic}
     found = [f for record in records.values() for f in check_cell(record)]
     groups: dict[tuple[Any, ...], list[CellRecord]] = {}
     for record in records.values():
         groups.setdefault(_victim(record.cell), []).append(record)
     for group in groups.values():
-        found += check_attackers(group, _label(group[0].cell))
+        label = _label(group[0].cell)
+        found += check_attackers(group, label)
+        found += check_draws(group, config.judge_draws, stochastic=group[0].cell.defense in random, where=label)
+    found += _over_budgets(list(groups.values()))
     lookup: dict[tuple[Any, ...], CellRecord] = {
         (_victim(r.cell), r.cell.knowledge, r.cell.attack): r for r in records.values()
     }
@@ -91,9 +108,30 @@ def cell_findings(records: Assembled) -> list[Finding]:
         noise = lookup.get((_victim(cell), noise_level, "noise"))
         if noise is not None:
             found += check_pair(record, noise, "noise")
-        bpda = lookup.get((_victim(cell), "bpda", cell.attack))
-        if cell.knowledge == "full" and bpda is not None:
-            found += check_pair(record, bpda, "bpda")
+        for level in ("bpda", "bpda_learned"):
+            bpda = lookup.get((_victim(cell), level, cell.attack))
+            if cell.knowledge == "full" and bpda is not None:
+                found += check_pair(record, bpda, "bpda")
+        control = lookup.get((_victim(dataclasses.replace(cell, defense=UNDEFENDED)), "none", cell.attack))
+        if control is not None and cell.defense != UNDEFENDED:
+            if cell.knowledge == "full" and record.spec.access == "whitebox":
+                found += check_control(record, control)
+            elif cell.knowledge == "oblivious":
+                found += check_transfer(record, control)
+    return found
+
+
+def _over_budgets(groups: Sequence[Sequence[CellRecord]]) -> list[Finding]:
+    """The worst case of each victim over its budgets."""
+    victims: dict[tuple[Any, ...], list[Sequence[CellRecord]]] = {}
+    for group in groups:
+        cell = group[0].cell
+        victims.setdefault((cell.encoder, cell.head, cell.data, cell.defense, cell.threat.norm), []).append(group)
+    found = []
+    for budgets in victims.values():
+        ordered = sorted(budgets, key=lambda group: group[0].cell.threat.eps)
+        cell = ordered[0][0].cell
+        found += check_budgets(ordered, f"{cell.encoder} | {cell.head} | {cell.data} | {cell.defense} | worst_case")
     return found
 
 

@@ -1,17 +1,16 @@
 """One craft on one batch: hand the attack its view, run it, judge what comes back, return rows."""
 
-import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.config import AuditConfig
-from robustbench_x.encoders.encoder import Encoder, features_of_looks
+from robustbench_x.engine.handout import AttackAtWork, hand_out
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import Batch, StageAtWork
 from robustbench_x.heads.base import FittedHead
@@ -29,50 +28,26 @@ from robustbench_x.judge import (
     retrieve,
 )
 from robustbench_x.plan import Cell, Craft
-from robustbench_x.plugin import Attack, AttackSpec
-from robustbench_x.randomness import SampleRandom, derive_seed
+from robustbench_x.randomness import derive_seed
 from robustbench_x.store import ACCEPTED, RANKED
-from robustbench_x.victim import DefendedEncoder, perceive
-from robustbench_x.views import (
-    EncoderHandle,
-    EncoderView,
-    ImageView,
-    Meter,
-    ModelHandle,
-    Perceive,
-    Query,
-    QueryView,
-    View,
-    WhiteboxView,
-)
+from robustbench_x.views import Meter, QueryView
+from robustbench_x.witness import Testimony
 
-__all__ = ["AttackAtWork", "attacker_sees", "craft_rows", "failed_rows", "is_out_of_memory", "partner_handle"]
+__all__ = ["craft_rows", "failed_rows", "is_out_of_memory"]
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackAtWork:
-    """A craft with its built attack and what it may use; `failure` says why a fitted attack learned nothing."""
-
-    craft: Craft
-    spec: AttackSpec
-    attack: Attack[Any]
-    surrogate: Tensor | None
-    artifact: Mapping[str, Tensor] | None = None
-    failure: str | None = None
-    partners: tuple[Encoder, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Made:
-    """What came of running the attack: images with errors, what they cost, and how far they moved."""
+    """What came of running the attack: images with errors, what they cost, how far they moved, and what was seen."""
 
     admitted: Admitted
     measured: Measured
     forwards: float
     backwards: float
     seconds: float
+    testimony: Testimony | None
 
 
 def craft_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, config: AuditConfig, part: slice) -> list[Row]:
@@ -94,7 +69,7 @@ def craft_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, config: Aud
     for cell in work.craft.cells:
         alike.setdefault((cell.defense, stage.reader(cell.head)), []).append(cell)
     for cells in alike.values():
-        rows += _judge(stage, cells, batch, part, made, seeds)
+        rows += _judge(stage, work, cells, batch, part, made, seeds)
     return rows
 
 
@@ -102,16 +77,6 @@ def failed_rows(stage: StageAtWork, work: AttackAtWork, batch: Batch, part: slic
     """The rows of `craft_rows` when nothing could be made of the part at all."""
     rows = _unreadable_rows(stage, work.craft, batch) if part.start == 0 else []
     return rows + _failed(stage, work, batch, part, error)
-
-
-def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceive:
-    """Pixels to what the attacker's gradients run through: logits of `head`, or public features when it has none."""
-    through = perceive(stage.shields[craft.seen], craft.knowledge)
-    encoder = stage.body(head)
-    if head is None:
-        return lambda images: features_of_looks(encoder, through(images))
-    top = stage.heads[head]
-    return lambda images: top(features_of_looks(encoder, through(images)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -140,7 +105,7 @@ def _make(
     """The attack's images after admission, or why there are none."""
     inputs = batch.images[part]
     meter = Meter()
-    view = _view(stage, work, batch, part, seeds, meter, config)
+    view, witness = hand_out(stage, work, batch, part, seeds, meter, config)
     started = time.perf_counter()
     problem = None
     try:
@@ -171,78 +136,12 @@ def _make(
         forwards=meter.forwards / len(inputs),
         backwards=meter.backwards / len(inputs),
         seconds=seconds / len(inputs),
+        testimony=None if witness is None else witness.testify(),
     )
-
-
-def _view(
-    stage: StageAtWork,
-    work: AttackAtWork,
-    batch: Batch,
-    part: slice,
-    seeds: list[int],
-    meter: Meter,
-    config: AuditConfig,
-) -> View:
-    """What this attack is handed; see `robustbench_x.views`."""
-    craft, access = work.craft, work.spec.access
-    bf16 = config.precision == "bf16"
-    shared: dict[str, Any] = {
-        "inputs": batch.images[part].clone(),
-        # A copy: budget and verdict are the harness's own.
-        "threat": dataclasses.replace(craft.threat),
-        "random": SampleRandom(seeds, device=stage.device),
-        "exhaustive": craft.exhaustive,
-    }
-    if access == "none":
-        return ImageView(**shared)
-    shield = stage.shields[craft.seen]
-    stochastic = shield is not None and shield.spec.stochastic
-    if access == "encoder" or craft.head is None:
-        through = perceive(shield, craft.knowledge)
-        encoder = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
-        surrogate = None if work.surrogate is None else work.surrogate.clone()
-        learned = work.artifact
-        artifact = None if learned is None else {k: t.to(stage.device, copy=True) for k, t in learned.items()}
-        partners = tuple(partner_handle(partner, meter, bf16=bf16) for partner in work.partners)
-        return EncoderView(**shared, encoder=encoder, surrogate=surrogate, artifact=artifact, partners=partners)
-    head = stage.heads[craft.head]
-    rows = list(batch.positions[part])
-    shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
-    deployed = stage.defended(craft.seen, craft.head)
-    if access == "whitebox":
-        sees = attacker_sees(stage, craft, craft.head)
-        handle = ModelHandle(sees, meter, bf16=bf16, stochastic=stochastic)
-        evade = _evadable(deployed, meter) if deployed.detects and craft.knowledge == "full" else None
-        return WhiteboxView(**shared, model=handle, detector=evade)
-    cap = None if config.query_cap is None else config.query_cap * len(rows)
-    query = Query(
-        lambda images: deployed.logits(images, head),
-        meter,
-        answer="scores" if access == "scores" else "labels",
-        cap=cap,
-    )
-    return QueryView(**shared, query=query)
-
-
-def _evadable(victim: DefendedEncoder, meter: Meter) -> Perceive:
-    """The detector as an attacker with full knowledge runs it; a look at it costs a pass."""
-    return lambda images: meter.count(victim.acceptance(images), len(images))
-
-
-def partner_handle(encoder: Encoder, meter: Meter, *, bf16: bool = False) -> EncoderHandle:
-    """A further public encoder on images of the victim's size."""
-
-    def resized(images: Tensor) -> Tensor:
-        if images.shape[-2:] == encoder.input_size:
-            return images
-        small = F.interpolate(images, encoder.input_size, mode="bilinear", antialias=True, align_corners=False)
-        return small.clamp(0, 1)
-
-    return EncoderHandle(encoder, resized, meter, bf16=bf16)
 
 
 def _judge(
-    stage: StageAtWork, cells: list[Cell], batch: Batch, part: slice, made: _Made, seeds: list[int]
+    stage: StageAtWork, work: AttackAtWork, cells: list[Cell], batch: Batch, part: slice, made: _Made, seeds: list[int]
 ) -> list[Row]:
     """Rows of cells of one defence and one encoder, from one pass over the images and one over their 8-bit versions."""
     shield, head = cells[0].defense, cells[0].head
@@ -263,12 +162,15 @@ def _judge(
             _error_row(stage, cell, batch, part.start + i, problem, seeds[i]) for cell in cells for i in range(count)
         ]
     return [
-        row for cell in cells for row in _rows(stage, cell, batch, part, made, (clean, adversarial, rounded), seeds)
+        row
+        for cell in cells
+        for row in _rows(stage, work, cell, batch, part, made, (clean, adversarial, rounded), seeds)
     ]
 
 
 def _rows(
     stage: StageAtWork,
+    work: AttackAtWork,
     cell: Cell,
     batch: Batch,
     part: slice,
@@ -290,6 +192,8 @@ def _rows(
         for name, reading in zip(ACCEPTED, readings, strict=True)
         if reading.acceptance is not None
     }
+    # What was seen of the undefended victim is no testimony about the defended one.
+    seen = made.testimony if cell.defense == work.craft.seen else None
     ranked = _ranked(head, clean, adversarial, labels)
     rows = []
     for i, error in enumerate(first_errors(made.admitted.errors, *(v.errors for v in verdicts))):
@@ -318,6 +222,8 @@ def _rows(
                 "feature_cosine": cosine[i],
                 **{name: values[i] for name, values in ranked.items()},
                 **acceptance,
+                "seen_fooled": None if seen is None else seen.fooled[i],
+                "late_gain": None if seen is None or math.isnan(seen.late_gain[i]) else seen.late_gain[i],
                 "overrun": overrun[i],
                 "forwards": made.forwards,
                 "backwards": made.backwards,

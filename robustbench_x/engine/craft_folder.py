@@ -14,7 +14,7 @@ from robustbench_x import __version__
 from robustbench_x.data.dataset import Item, open_dataset
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.encoders.source import load_encoder
-from robustbench_x.engine.craft import partner_handle
+from robustbench_x.engine.handout import partner_handle
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.run import resolve_device

@@ -50,7 +50,10 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
         RunError: Rows or notes are missing or damaged.
     """
     stages = [_note(folder, f"stage-{n}") for n in range(len(plan.stages))]
-    probes = [Finding(**f) for n in range(len(stages)) for f in _note(folder, f"probes-{n}")["findings"]]
+    notes = [*(["strict"] if config.checks == "all" else []), "probes"]
+    probes = [
+        Finding(**f) for n in range(len(stages)) for name in notes for f in _note(folder, f"{name}-{n}")["findings"]
+    ]
     evidence = Evidence(
         rows=folder.rows(),
         encoders=tuple({s["encoder"]["source"]: EncoderInfo(**s["encoder"]) for s in stages}.values()),
@@ -106,7 +109,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         *evidence.probes,
         *_training_findings(evidence.heads),
         *_fit_findings(evidence, records),
-        *cell_findings(records),
+        *cell_findings(records, config, registry),
     ]
     params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
     cells = tuple(

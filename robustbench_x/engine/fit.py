@@ -23,7 +23,10 @@ __all__ = ["FitRequest", "fit_plugin"]
 
 @dataclass(frozen=True, kw_only=True)
 class FitRequest:
-    """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped."""
+    """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped.
+
+    A hardening without an attack takes a `threat` of eps 0 and no `surrogate`.
+    """
 
     plugin: str
     encoder: str | None
@@ -47,8 +50,7 @@ def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | Non
         SampleError: The training failed.
     """
     spec = _trainable(registry, request.plugin)
-    if not isinstance(spec, DefenseSpec) and request.threat.radius == 0:
-        raise ConfigError("eps is 0: there is nothing to train")
+    _check_budget(request, spec)
     for_one = not isinstance(spec, DefenseSpec) or spec.per_encoder
     if request.encoder is None and for_one:
         raise UsageError(f"{spec.name} is fitted on one encoder; name it with --encoder")
@@ -99,8 +101,19 @@ def _hardening(request: FitRequest, spec: HardeningSpec, supply: Supply) -> Supp
             f"--out {request.out}: {encoder} is read from this file, and what is made of it refers to it; name another"
         )
     hardening = spec.build(request.params)
-    inner = find_inner(supply.registry, hardening, request.threat)
+    inner = find_inner(supply.registry, hardening, request.threat) if spec.attacked else None
     return supply.hardened(spec, hardening, inner, supply.load(encoder), request.threat)
+
+
+def _check_budget(request: FitRequest, spec: AttackSpec | HardeningSpec | DefenseSpec) -> None:
+    """Refuses to train without a budget what needs one, and to take one, or images, for what would not use them."""
+    if isinstance(spec, HardeningSpec) and not spec.attacked:
+        if request.threat.eps:
+            raise ConfigError(f"{spec.name} makes no adversarial image, so it has no budget; leave --eps out")
+        if request.surrogate is not None:
+            raise ConfigError(f"{spec.name} looks at no image; leave --surrogate out")
+    elif not isinstance(spec, DefenseSpec) and request.threat.radius == 0:
+        raise ConfigError("eps is 0: there is nothing to train")
 
 
 def _check_out(out: Path) -> None:

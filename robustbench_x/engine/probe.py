@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from robustbench_x.diagnose import probe_gradient, probe_victim
-from robustbench_x.engine.craft import attacker_sees
+from robustbench_x.diagnose import probe_defense, probe_gradient, probe_loss, probe_victim
+from robustbench_x.engine.handout import attacker_sees
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.findings import finding
@@ -13,6 +13,7 @@ from robustbench_x.plan import UNDEFENDED, Craft
 from robustbench_x.randomness import SampleRandom, derive_seed
 from robustbench_x.registry import Registry
 from robustbench_x.result import Finding
+from robustbench_x.victim import perceive
 
 __all__ = ["probe_stage"]
 
@@ -21,7 +22,8 @@ _IMAGES = 8
 
 def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
     """Findings of the forward checks of every (defence, head) and the gradient checks of every attacker's view."""
-    images = stage.batch(0).images[:_IMAGES]
+    batch = stage.batch(0)
+    images = batch.images[:_IMAGES]
     if not len(images):
         return []
     # Perturbed images too: a defence may behave on clean ones only.
@@ -49,13 +51,28 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
         exact = shield is None or (craft.knowledge == "full" and shield.spec.gradient == "exact")
         honest = exact and not (shield is not None and shield.spec.stochastic)
         see = attacker_sees(stage, craft, craft.head)
-        return probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
+        results = probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
+        if craft.head is not None and stage.config.checks == "all":
+            labels = stage.labels[craft.head][list(batch.positions[:_IMAGES])]
+            results += probe_loss(images, see, labels, honest=honest and not results)
+        return results
+
+    def swallowed(title: str) -> list[Finding]:
+        shield = stage.shields[title]
+        if shield is None or shield.spec.detects or "full" not in shield.spec.knowledge:
+            return []
+        others = any(craft.seen == title and craft.knowledge in ("bpda", "bpda_learned") for craft in crafts)
+        return probe_defense(images, perceive(shield, "full"), others=others)
 
     for shield in stage.shields:
         for name in stage.heads:
             where = f"{source} | {name} | {data} | {shield}"
             about = [c.id for craft in crafts for c in craft.cells if (c.defense, c.head) == (shield, name)]
             found += guarded(where, about, lambda s=shield, h=name: forward(s, h))  # type: ignore[misc]
+    for title in stage.shields:
+        about = [c.id for craft in crafts for c in craft.cells if c.defense == title and c.knowledge == "full"]
+        if about:
+            found += guarded(f"{source} | {data} | {title}", about, lambda t=title: swallowed(t))  # type: ignore[misc]
     views: dict[tuple[str, str, str | None], list[Craft]] = {}
     for craft in crafts:
         if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:

@@ -12,13 +12,15 @@ from robustbench_x.data.dataset import Dataset, draw_subset, open_dataset
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.artifacts import Artifacts
-from robustbench_x.engine.craft import AttackAtWork, craft_rows, failed_rows, is_out_of_memory
+from robustbench_x.engine.craft import craft_rows, failed_rows, is_out_of_memory
 from robustbench_x.engine.finish import finish, now
+from robustbench_x.engine.handout import AttackAtWork
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_notes
 from robustbench_x.engine.shields import arm_shields, with_imitations
 from robustbench_x.engine.stage import Batch, StageAtWork, select_items
+from robustbench_x.engine.strict import strict_findings
 from robustbench_x.engine.supply import Supply
 from robustbench_x.errors import DataError, RunError, SampleError, UsageError
 from robustbench_x.fitting.ground import device_name
@@ -233,6 +235,9 @@ class _Run:
         for attack in at_work:
             stored = all(self.folder.has_batch(attack.craft.id, number) for number in range(work.num_batches))
             self._run_craft(work, attack if stored else self._with_artifact(work, attack))
+        if self.config.checks == "all" and self.folder.notes(f"strict-{number}") is None:
+            found = strict_findings(work, self.registry, self.folder.rows(), self.progress.task)
+            self.folder.note(f"strict-{number}", {"findings": [f.model_dump() for f in found]})
 
     def _partners(self, spec: AttackSpec, craft: Craft) -> tuple[Encoder, ...]:
         """The further public encoders that an attack runs on; one that is fitted has them in its training."""

@@ -174,6 +174,10 @@ class StageAtWork:
             features=held.features[:, part], acceptance=None if held.acceptance is None else held.acceptance[part]
         )
 
+    def forget(self, batch: Batch) -> None:
+        """Drops the clean features of `batch`, so that they are read again."""
+        self._clean = {key: held for key, held in self._clean.items() if key[2] != batch.number}
+
     def defenses(self) -> list[DefenseInfo]:
         """What the report says of each defence of this stage."""
         shields = {title: shield for title, shield in self.shields.items() if shield is not None}

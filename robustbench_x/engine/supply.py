@@ -126,9 +126,9 @@ class Supply:
         )
 
     def hardened(
-        self, spec: HardeningSpec, hardening: Hardening, inner: Inner, encoder: Encoder, threat: ThreatModel
+        self, spec: HardeningSpec, hardening: Hardening, inner: Inner | None, encoder: Encoder, threat: ThreatModel
     ) -> Supplied:
-        """The weights of `encoder`, hardened for `threat` on the images of `inner`.
+        """The weights of `encoder`, hardened for `threat` on the images of `inner`, or by no image where it is None.
 
         An inner attack that is trained first gets its artefact here, once, for the original encoder.
 
@@ -136,10 +136,10 @@ class Supply:
             UsageError: What the inner attack asks for cannot be had, or does not belong to this encoder or norm.
             SampleError: A training failed.
         """
-        if inner.spec.fits and threat.radius > 0:
+        if inner is not None and inner.spec.fits and threat.radius > 0:
             learned = self.artifact(inner.spec, inner.attack, encoder, threat).artifact
             inner = dataclasses.replace(inner, artifact=learned)
-        ground = self._ground(encoder, threat)
+        ground = self._ground(encoder, threat, pool=None if spec.attacked else Pool.empty(encoder.input_size))
         return self._fitted(HardenJob(spec=spec, hardening=hardening, inner=inner, ground=ground), None)
 
     def defense(
@@ -213,11 +213,13 @@ class Supply:
         """Digests of the surrogate images at this encoder's size, as an audit digests the evaluated ones."""
         return {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in self._pool(encoder).levels}
 
-    def _ground(self, encoder: Encoder, threat: ThreatModel, partners: Sequence[str] = ()) -> Ground:
+    def _ground(
+        self, encoder: Encoder, threat: ThreatModel, partners: Sequence[str] = (), *, pool: Pool | None = None
+    ) -> Ground:
         return Ground(
             public=encoder,
             partners=tuple(self.load(source) for source in partners),
-            pool=self._pool(encoder),
+            pool=self._pool(encoder) if pool is None else pool,
             threat=threat,
             seed=self.seed,
             device=self.device,
@@ -290,9 +292,8 @@ class Supply:
         write_artifact(path, artifact)
         checkpoint.unlink(missing_ok=True)
         made = artifact.provenance
-        self.progress.say(
-            f"{name} fitted on {made.encoder} with {made.surrogate}: {made.steps} steps, {made.seconds:.0f} s"
-        )
+        images = f" with {made.surrogate}: {made.steps} steps" if made.surrogate_samples else ""
+        self.progress.say(f"{name} fitted on {made.encoder}{images}, {made.seconds:.0f} s")
         return Supplied(artifact, "fitted for this run")
 
 

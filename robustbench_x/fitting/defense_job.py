@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustbench_x.errors import SampleError
+from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.ground import Ground
 from robustbench_x.fitting.loop import Show, run_training
@@ -55,8 +55,15 @@ class DefenseJob:
         return self.ground.encoders
 
     def key(self) -> str:
-        """See `Ground.key`; with the files it reads."""
-        files = [[path.name, _digest(path)] for path in self.spec.reads(self.defense)]
+        """See `Ground.key`; with the files it reads.
+
+        Raises:
+            SourceError: These are not what the defence needs.
+        """
+        try:
+            files = [[path.name, _digest(path)] for path in self.spec.reads(self.defense)]
+        except (ValueError, OSError) as error:
+            raise SourceError(f"{self.name}: {error}") from error
         return self.ground.key(self.spec, decisive(self.spec, self.defense), files)
 
     def cache_key(self) -> str:

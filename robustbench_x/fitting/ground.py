@@ -40,6 +40,11 @@ class Pool:
     sha256: str
     unreadable: tuple[str, ...] = ()
 
+    @classmethod
+    def empty(cls, input_size: tuple[int, int]) -> "Pool":
+        """No image of that (height, width): what is made of an encoder's weights alone."""
+        return cls(source="none", levels=torch.empty((0, 3, *input_size), dtype=torch.uint8), sha256="")
+
 
 def make_pool(source: str, items: Sequence[Item], preprocessing: Preprocessing) -> Pool:
     """Decodes `items` for one encoder; what cannot be read is left out and named.

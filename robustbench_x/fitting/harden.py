@@ -1,4 +1,4 @@
-"""Adversarial training of an encoder as the harness sets it up: the student, and the images it is attacked with."""
+"""The hardening of an encoder as the harness sets it up: the student, and the images it is attacked with, if any."""
 
 import copy
 import dataclasses
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, state_sha256
-from robustbench_x.encoders.loading import load_strictly
+from robustbench_x.encoders.loading import file_sha256, load_strictly
 from robustbench_x.errors import ConfigError, SampleError
 from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.ground import Ground, code_digest
 from robustbench_x.fitting.job import decisive_params
 from robustbench_x.fitting.loop import Show
-from robustbench_x.hardening import Hardening, HardeningSpec, HardenView, split_inner
+from robustbench_x.hardening import AttackedHardening, Hardening, HardeningSpec, HardenView, split_inner
 from robustbench_x.integrity import Seal
 from robustbench_x.judge import admit
 from robustbench_x.plugin import AttackSpec
@@ -31,6 +31,8 @@ from robustbench_x.victim import fresh_draw
 from robustbench_x.views import EncoderHandle, EncoderView, ImageView, Meter
 
 __all__ = ["HardenJob", "Inner", "find_inner"]
+
+_NO_ATTACK = InnerAttack(name="none", params={})
 
 
 @final
@@ -49,7 +51,7 @@ class Inner:
         return InnerAttack(name=self.spec.name, params=decisive_params(self.spec, self.attack), artifact_sha256=learned)
 
 
-def find_inner(registry: Registry, hardening: Hardening, threat: ThreatModel) -> Inner:
+def find_inner(registry: Registry, hardening: AttackedHardening, threat: ThreatModel) -> Inner:
     """The inner attack that `hardening` names, which knows no artefact yet.
 
     Raises:
@@ -73,11 +75,14 @@ def find_inner(registry: Registry, hardening: Hardening, threat: ThreatModel) ->
 @final
 @dataclass(frozen=True, kw_only=True)
 class HardenJob:
-    """Everything that hardening an encoder depends on; the one on `ground` is the teacher and stays as it is."""
+    """Everything that hardening an encoder depends on; the one on `ground` is the teacher and stays as it is.
+
+    `inner` is None for a hardening without an attack.
+    """
 
     spec: HardeningSpec
     hardening: Hardening
-    inner: Inner
+    inner: Inner | None
     ground: Ground
 
     @property
@@ -96,10 +101,10 @@ class HardenJob:
         return {p.name: getattr(self.hardening, p.name) for p in self.spec.params}
 
     def key(self) -> str:
-        """See `Ground.key`; with the inner attack, its code, its parameters, and what it learned."""
-        info = self.inner.info
-        code = code_digest(self.inner.spec.factory.__module__)
-        return self.ground.key(self.spec, self.params, info.model_dump(mode="json"), code)
+        """See `Ground.key`; with the inner attack, its code, its parameters, what it learned, and the files read."""
+        code = "" if self.inner is None else code_digest(self.inner.spec.factory.__module__)
+        files = [file_sha256(path) for path in self.spec.reads(self.hardening)]
+        return self.ground.key(self.spec, self.params, self._told.model_dump(mode="json"), code, files)
 
     def cache_key(self) -> str:
         """See `Ground.cache_key`."""
@@ -127,7 +132,7 @@ class HardenJob:
         load_strictly(fresh, trained.tensors, f"what {self.name} made of {self.ground.encoder.source}")
         if state_sha256(fresh.state_dict()) == before:
             raise SampleError("every weight is what it was before, so nothing was learned")
-        provenance = self.ground.provenance(self.spec, self.params, key, trained, inner=self.inner.info)
+        provenance = self.ground.provenance(self.spec, self.params, key, trained, inner=self._told)
         return Artifact(trained.tensors, provenance)
 
     def view(self, meter: Meter) -> HardenView:
@@ -152,15 +157,22 @@ class HardenJob:
             examples=lambda images, step: self._examples(student, shown, images, step),
         )
 
+    @property
+    def _told(self) -> InnerAttack:
+        """The inner attack as the artefact names it."""
+        return _NO_ATTACK if self.inner is None else self.inner.info
+
     def _examples(self, student: Encoder, shown: EncoderHandle, images: Tensor, step: int) -> Tensor:
         """See `HardenView`."""
+        if self.inner is None:
+            raise SampleError(f"{self.name} is registered with attacked=False, so there is no attack to make images")
         name, threat, clean = self.inner.spec.name, self.ground.threat, images.detach()
         where = f"the inner attack {name} at step {step}"
         seed = self.ground.plugin_seed(self.name)
         random = SampleRandom([derive_seed(seed, "inner", step, i) for i in range(len(clean))], device=clean.device)
         # The digest stands for the weights of this step, so that no attack takes them for those it cached.
         student.sha256 = hashlib.sha256(f"{self.ground.encoder.sha256}:{seed}:{step}".encode()).hexdigest()
-        view = self._inner_view(shown, clean, random)
+        view = self._inner_view(self.inner, shown, clean, random)
         with _frozen(student), fresh_draw(random.seed, clean.device), torch.enable_grad():
             seal = Seal(student)
             try:
@@ -179,16 +191,18 @@ class HardenJob:
             raise SampleError(f"{where}, {len(wrong)} of {len(clean)} images: {wrong[0]}")
         return admitted.images
 
-    def _inner_view(self, shown: EncoderHandle, clean: Tensor, random: SampleRandom) -> ImageView | EncoderView:
+    def _inner_view(
+        self, inner: Inner, shown: EncoderHandle, clean: Tensor, random: SampleRandom
+    ) -> ImageView | EncoderView:
         shared: dict[str, Any] = {
             "inputs": clean.clone(),
             "threat": dataclasses.replace(self.ground.threat),
             "random": random,
             "exhaustive": True,
         }
-        if self.inner.spec.access == "none":
+        if inner.spec.access == "none":
             return ImageView(**shared)
-        learned = None if self.inner.artifact is None else self.inner.artifact.tensors
+        learned = None if inner.artifact is None else inner.artifact.tensors
         tensors = None if learned is None else {k: t.to(clean.device, copy=True) for k, t in learned.items()}
         return EncoderView(**shared, encoder=shown, artifact=tensors)
 

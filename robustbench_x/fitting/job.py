@@ -92,7 +92,8 @@ class FitJob:
         """What the plugin is handed."""
         ground = self.ground
         through = perceive(self.shield, self.knowledge)
-        stochastic = self.shield is not None and self.shield.spec.stochastic and self.knowledge in ("bpda", "full")
+        sees = self.shield is not None and self.knowledge not in ("none", "oblivious")
+        stochastic = sees and self.shield is not None and self.shield.spec.stochastic
 
         def handle(encoder: Encoder) -> EncoderHandle:
             return EncoderHandle(encoder, through, meter, bf16=ground.bf16, stochastic=stochastic)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from robustbench_x.findings import FINDINGS
+from robustbench_x.report.defenses import COLUMNS, DEFENSES_MEAN, defense_tables
 from robustbench_x.report.inert import html_text, markdown_text
 from robustbench_x.report.layers import MEANING, layer_tables
 from robustbench_x.report.transfer import transfer_matrices
@@ -25,6 +26,7 @@ def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -
         _head(report, decision),
         _gates(report),
         _worst(report),
+        *_defenses(report),
         _findings(report.findings),
         _retrieval(report),
         *_layers(report),
@@ -79,6 +81,13 @@ def _worst(report: Report) -> str:
     ]
     header = ("victim", "budget", "n", "robust accuracy", "attack success", "errors")
     return "### Worst case per sample, over all attacks\n\n" + table(header, rows)
+
+
+def _defenses(report: Report) -> list[str]:
+    return [
+        f"### Defences of {markdown_text(found.victim)}\n\n{DEFENSES_MEAN}.\n\n{table(COLUMNS, found.rows)}"
+        for found in defense_tables(report)
+    ]
 
 
 def _victims(report: Report) -> list[str]:

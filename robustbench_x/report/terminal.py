@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustbench_x.findings import FINDINGS
+from robustbench_x.report.defenses import COLUMNS, DEFENSES_MEAN, defense_tables
 from robustbench_x.report.inert import plain
 from robustbench_x.report.layers import MEANING, layer_tables
 from robustbench_x.report.transfer import transfer_matrices
@@ -40,6 +41,7 @@ def print_report(report: Report, decision: Decision, console: Console) -> None:
         worst = [w for w in report.worst_case if (w.encoder, w.head, w.data) == (encoder, head, data)]
         console.print(_title(encoder, head, data, cells))
         console.print(_victim_table(cells, worst))
+    _print_defenses(report, console)
     _print_layers(report, console)
     _print_transfer(report, console)
     _print_findings(report, console)
@@ -119,6 +121,20 @@ def _row(cell: CellResult, several: bool) -> tuple[Text | str, ...]:
         percent(_value(cell, last)),
         "-" if seconds is None else f"{seconds:.2f}",
     )
+
+
+def _print_defenses(report: Report, console: Console) -> None:
+    for found in defense_tables(report):
+        console.print(Text(plain(f"Defences of {found.victim}"), style="bold"))
+        console.print(Text(DEFENSES_MEAN, style="dim"))
+        # Only what this victim has: no column of blanks, and none of refusals without a detector.
+        shown = [k for k, _ in enumerate(COLUMNS) if any(row[k] for row in found.rows)]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for k in shown:
+            table.add_column(COLUMNS[k], justify="left" if k < 2 else "right", overflow="fold")
+        for row in found.rows:
+            table.add_row(*(Text(plain(row[k])) for k in shown))
+        console.print(table)
 
 
 def _print_layers(report: Report, console: Console) -> None:

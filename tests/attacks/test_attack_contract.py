@@ -26,6 +26,8 @@ QUICK: dict[str, dict[str, object]] = {
     "torchattacks:EADEN": {"steps": 10, "search_steps": 2},
     "torchattacks:CW": {"steps": 20},
     "torchattacks:Pixle": {"restarts": 5},
+    "square": {"queries": 100},
+    "autoattack": {"steps": 10, "queries": 50},
     "advencoder": {"steps": 20},
     **{name: {"steps": 30} for name in ("uap", "ssp", "dr", "fff", "pap")},
     "instance:VMIFGSM": {"steps": 4},

@@ -18,7 +18,7 @@ from robustbench_x_attacks.steps import _checkpoints
 
 REGISTRY = load_registry()
 NATIVE = [n for n, s in REGISTRY.attacks.items() if not n.startswith("torchattacks:") and s.access == "whitebox"]
-LINEAR_PARAMS = {"apgd_t": {"loss": "ce"}}
+LINEAR_PARAMS: dict[str, dict[str, object]] = {"apgd_t": {"loss": "ce"}, "autoattack": {"steps": 20, "queries": 50}}
 """The targeted DLR loss needs four classes; the linear oracle has two."""
 
 

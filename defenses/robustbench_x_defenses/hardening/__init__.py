@@ -1,4 +1,4 @@
-"""Hardenings: adversarial training of an encoder, without labels, on the images of any encoder-level attack."""
+"""Hardenings: an encoder trained without labels on the images of any encoder-level attack, or pruned."""
 
 from robustbench_x.hardening import HardeningSpec
 
@@ -7,6 +7,6 @@ __all__ = ["specs"]
 
 def specs() -> tuple[HardeningSpec, ...]:
     """One spec per hardening."""
-    from robustbench_x_defenses.hardening import dta, fare
+    from robustbench_x_defenses.hardening import dta, fare, pruning, tecoa
 
-    return (fare.SPEC, dta.SPEC)
+    return (fare.SPEC, tecoa.SPEC, dta.SPEC, pruning.SPEC)

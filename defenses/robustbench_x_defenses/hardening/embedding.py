@@ -1,7 +1,7 @@
-"""The training that keeps an encoder's embeddings of adversarial images where the original had the clean ones."""
+"""What the adversarial fine-tunings share: AdamW on a loss of the student's and the teacher's embeddings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -12,9 +12,12 @@ from robustbench_x.fitting.adam import optimizer_state, restore_optimizer
 from robustbench_x.hardening import HardenView
 from robustbench_x.plugin import param
 
-__all__ = ["EmbeddingTrainer", "Recipe", "embedding_loss", "rate_at"]
+__all__ = ["EmbeddingTrainer", "Loss", "Recipe", "embedding_loss", "rate_at"]
 
 _WEIGHTS, _ADAM = "weights.", "adam."
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""The student's embeddings and the teacher's of the same images, clean, `(N, D)` each, to what is minimised, 0-d."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Recipe:
     rate: float = param(5e-4, "AdamW's highest rate; published, for its many more steps: 1e-5")
     decay: float = param(1e-4, "AdamW's weight decay")
     warmup: float = param(0.07, "share of the steps in which the rate rises, before it falls along a cosine")
-    clean: float = param(0.0, "weight of the same distance for clean images; published: 0")
+    clean: float = param(0.0, "weight of the same loss for clean images; published: 0")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -54,20 +57,22 @@ def rate_at(number: int, recipe: Recipe) -> float:
 
 @final
 class EmbeddingTrainer:
-    """AdamW on `embedding_loss` between the student's adversarial and the teacher's clean embeddings.
+    """AdamW on a loss between the student's adversarial and the teacher's clean embeddings.
 
     All randomness is the harness's: its batches and its adversarial images.
 
     Args:
         view: What a hardening is handed.
         recipe: The parameters.
+        loss: What is minimised; the same at every step.
     """
 
-    def __init__(self, view: HardenView, recipe: Recipe) -> None:
+    def __init__(self, view: HardenView, recipe: Recipe, loss: Loss = embedding_loss) -> None:
         self.steps = recipe.steps
         self.batch = min(recipe.batch, len(view.surrogate))
         self._view = view
         self._recipe = recipe
+        self._loss = loss
         self._weights = [weight for weight in view.backbone.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._weights, lr=recipe.rate, weight_decay=recipe.decay)
 
@@ -79,10 +84,10 @@ class EmbeddingTrainer:
         with torch.no_grad():
             wanted = view.teacher.features(clean)
         with torch.enable_grad():
-            terms = {"adv": embedding_loss(view.student.features(adversarial), wanted)}
+            terms = {"adv": self._loss(view.student.features(adversarial), wanted)}
             total = terms["adv"]
             if self._recipe.clean:
-                terms["clean"] = embedding_loss(view.student.features(clean), wanted)
+                terms["clean"] = self._loss(view.student.features(clean), wanted)
                 total = total + self._recipe.clean * terms["clean"]
         self._optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]

@@ -44,8 +44,8 @@ class RawISP:
 
     artifact: str = param("shipped", "weights: 'shipped', a file of rbx fit raw_isp, or empty to train for this audit")
     omega: float = param(0.7, "share of the learned pipeline G in what comes out; 0 is S alone, 1 is G alone")
-    g: GName = param("small", "G: small (1.1 M parameters) or pynet (47 M)")
-    patch: int = param(96, "side of the training patches, which are halved for F; a multiple of 16, of 32 for pynet")
+    g: GName = param("small", "G: small (1.1 M parameters) or pynet (45 M)")
+    patch: int = param(96, "side of the training patches, which are halved for F; a multiple of 16; for pynet of 32, from 64")
     f_steps: int = param(1500, "training steps of F")
     g_steps: int = param(2500, "training steps of G")
     batch: int = param(8, "patches per step; published for F: 32")
@@ -57,12 +57,12 @@ class RawISP:
         for name in ("omega", "through_f"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        multiple = 2 * _NETWORKS[self.g].multiple
-        if self.patch < multiple or self.patch % multiple:
-            raise ValueError(f"patch={self.patch} must be a multiple of {multiple}")
+        multiple, least = 2 * _NETWORKS[self.g].multiple, 2 * _NETWORKS[self.g].least
+        if self.patch < least or self.patch % multiple:
+            raise ValueError(f"patch={self.patch} must be a multiple of {multiple}, at least {least}")
         if min(self.f_steps, self.g_steps, self.batch) < 1:
             raise ValueError("f_steps, g_steps and batch must be at least 1")
-        if self.rate <= 0:
+        if not self.rate > 0:
             raise ValueError(f"rate={self.rate} must be positive")
 
     def trainer(self, view: DefenseFitView) -> Trainer:
@@ -110,7 +110,7 @@ class _Pipeline(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See `_Armed.apply`."""
         height, width = images.shape[-2:]
-        raw = self.f(_padded(images, self.g.multiple))
+        raw = self.f(_padded(images, self.g.multiple, self.g.least))
         back = torch.zeros_like(raw[:, :3], dtype=torch.float32)
         if self._omega > 0:
             back = back + self._omega * self.g(raw).float()
@@ -121,10 +121,11 @@ class _Pipeline(nn.Module):
         return back[..., :height, :width].clamp(0, 1)
 
 
-def _padded(images: Tensor, multiple: int) -> Tensor:
-    """`images` reflected to the right and below up to the next multiple, as often as it takes for small ones."""
+def _padded(images: Tensor, multiple: int, least: int) -> Tensor:
+    """`images` reflected to the right and below up to the next multiple from `least`, as often as it takes."""
     for axis in (-2, -1):
-        missing = -images.shape[axis] % multiple
+        side = images.shape[axis]
+        missing = max(side + -side % multiple, least) - side
         while missing:
             step = min(missing, images.shape[axis] - 1)
             if not step:

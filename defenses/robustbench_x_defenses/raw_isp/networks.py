@@ -34,14 +34,14 @@ class RawMapper(nn.Module):
 
 @final
 class SmallISP(nn.Module):
-    """The default G: a U-Net at half resolution and below, 1.2 M parameters; ours, in place of the 47 M PyNET.
+    """The default G: a U-Net at half resolution and below, 1.1 M parameters; ours, in place of the 47 M PyNET.
 
     Packed RAW `(N, 4, H, W)` to RGB `(N, 3, H, W)` in [0, 1]; H and W are multiples of 8. The sites are rearranged
     (pixel unshuffle) before the first convolution and the colours after the last, so no detail is dropped by pooling.
     No normalisation: batch and precision change nothing but rounding.
     """
 
-    multiple = 8
+    multiple = least = 8
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from robustbench_x_defenses.raw_isp.bayer import pack
 __all__ = ["Pairs", "RawPair", "pair_files"]
 
 _WHITE = 1020.0
-"""10-bit values times 4, as the data set stores them and as the released F is trained on."""
+"""What counts as 1 of the 10-bit values that the data set stores; the released F is trained on the same scale."""
 
 
 class RawPair(NamedTuple):
@@ -39,7 +39,7 @@ def pair_files(folder: str) -> tuple[Path, ...]:
         raise ValueError(f"pairs={folder}: {lone[0]} has no counterpart ({len(lone)} such of {len(raws | photos)})")
     if not raws:
         raise ValueError(f"pairs={folder}: there is no huawei_raw/NAME.png with its canon/NAME.jpg")
-    return (*raws.values(), *photos.values())
+    return (*raws.values(), *(photos[name] for name in raws))
 
 
 @final
@@ -47,7 +47,7 @@ class Pairs:
     """Aligned crops of real pairs.
 
     Args:
-        folder: Holds `huawei_raw/NAME.png` (one-channel mosaics, red at (0, 0), 10 bits times 4) and `canon/NAME.jpg`
+        folder: Holds `huawei_raw/NAME.png` (one-channel mosaics, red at (0, 0), 10-bit values) and `canon/NAME.jpg`
             of the same size, as Zurich RAW to RGB does.
         side: Side of the RGB crops; the mosaic's is twice that.
     """
@@ -79,7 +79,7 @@ class Pairs:
             photo = image.convert("RGB")
         if plane.ndim != 2 or photo.size != (plane.shape[1], plane.shape[0]):
             raise ValueError(f"{raw_file} {tuple(plane.shape)} and {photo_file} {photo.size[::-1]} are no pair")
-        half = photo.reduce(2)
+        half = photo.crop((0, 0, photo.width // 2 * 2, photo.height // 2 * 2)).reduce(2)
         rgb = torch.from_numpy(np.array(half)).permute(2, 0, 1).float() / 255
         packed = pack(plane[None, None, : 2 * rgb.shape[1], : 2 * rgb.shape[2]].clamp(0, 1))[0]
         room = [packed.shape[1] - self._side, packed.shape[2] - self._side]

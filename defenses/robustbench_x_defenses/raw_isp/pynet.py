@@ -26,7 +26,7 @@ class PyNET(nn.Module):
     not depend on the batch.
     """
 
-    multiple = 16
+    multiple, least = 16, 32
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,7 +21,20 @@ MATE += ["Wood", "YellowFlower"]
 PLASMA = ["Autumn", "BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey"]
 PLASMA += ["Kite", "OneStandsOut", "Path", "summer_1am"]
 SCIKIT = {
-    ("skimage", "data"): ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
+    ("skimage", "data"): (
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "rocket.jpg",
+    ),
     ("sklearn", "datasets/images"): ("china.jpg", "flower.jpg"),
 }
 SAMPLES = 6144

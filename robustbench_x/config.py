@@ -96,6 +96,8 @@ class DefenseConfig(_Plugin):
     knowledge: tuple[Literal["oblivious", "bpda", "bpda_learned", "full"], ...] | None = None
 
 
+_LADDER_LACKS = {"l2": ("uap",), "patch": ("square",)}
+"""Attacks of the ladder that have not this norm."""
 _BUDGET_HINTS = {"l2": "for example 1.0 (a Euclidean length)", "patch": "for example 0.03 (a share of the area)"}
 
 
@@ -122,7 +124,7 @@ class AuditConfig(_Frozen):
     mode: Literal["verdict", "exhaustive"] = "verdict"
     query_cap: Count | None = None
     judge_draws: Count = 20
-    ladder: bool = False
+    ladder: Annotated[bool, Field(strict=True)] = False
     refuse_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
     checks: Literal["cheap", "all"] = "cheap"
     batch_size: Count | Literal["auto"] = "auto"
@@ -174,8 +176,10 @@ class AuditConfig(_Frozen):
         if not isinstance(listed, (list, tuple)):
             return values
         entries = [e.model_dump(exclude_none=True) if isinstance(e, AttackConfig) else e for e in listed]
-        titles = {e.get("label") or e.get("name") for e in entries if isinstance(e, Mapping)}
-        return {**values, "attack": [*entries, *(e for e in ladder_attacks() if e["name"] not in titles)]}
+        titles = [e.get("label") or e.get("name") for e in entries if isinstance(e, Mapping)]
+        lacking = _LADDER_LACKS.get(str(values.get("norm")), ())
+        added = [e for e in ladder_attacks() if e["name"] not in (*titles, *lacking)]
+        return {**values, "attack": [*entries, *added]}
 
     @pydantic.field_validator("shard")
     @classmethod

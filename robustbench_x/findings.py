@@ -1,5 +1,6 @@
 """The catalogue of findings: every doubt the harness can raise about an evaluation, with what to do about it."""
 
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
@@ -78,7 +79,8 @@ def finding(
         level=level or known.level,
         message=message,
         cell=cell,
-        figure=figure,
+        # NaN and infinity are no JSON; the message says them.
+        figure=figure if figure is not None and math.isfinite(figure) else None,
         threshold=known.threshold,
         source=known.source,
         advice=known.advice,

@@ -85,8 +85,9 @@ def _counted_backwards() -> Iterator[list[str]]:
 
 
 def _gap(logits: Tensor, others: Tensor) -> float:
-    """Largest distance of two sets of normalised logits, per sample."""
-    return float((F.normalize(others, dim=1) - F.normalize(logits, dim=1)).norm(dim=1).max())
+    """Largest distance of two sets of normalised logits, per sample; infinite where `others` are not finite."""
+    gaps = (F.normalize(others, dim=1) - F.normalize(logits, dim=1)).norm(dim=1)
+    return float(gaps.nan_to_num(nan=torch.inf).max())
 
 
 def probe_gradient(
@@ -182,7 +183,9 @@ def probe_defense(images: Tensor, see: Perceive, *, others: bool) -> list[Findin
         if seen.ndim != 4 or not seen.requires_grad:
             return []  # several looks have no gradient of the same shape to compare; a missing graph is found elsewhere
         sent = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0)).to(seen.device)
-        (back,) = torch.autograd.grad((seen * sent).sum(), pixels)
+        (back,) = torch.autograd.grad((seen * sent).sum(), pixels, allow_unused=True)
+    if back is None or not back.isfinite().all():
+        return []  # the probe of the gradient says so
     if seen.shape != images.shape:
         sent = F.interpolate(sent, images.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
     flat, wanted = back.flatten(1), sent.flatten(1)

@@ -74,7 +74,8 @@ def set_threshold(scores: Tensor, rate: float) -> Threshold:
     most `rate` on average. With too few held out for that rate, nothing below the largest score is refused.
     """
     count = len(scores)
-    place = min(math.ceil((1 - rate) * (count + 1)), count) - 1
+    # Less a rounding error: 0.59 * 100 is a little more than 59.
+    place = min(math.ceil((1 - rate) * (count + 1) - 1e-9), count) - 1
     spread = float(scores.std(correction=0)) if count > 1 else 0.0
     return Threshold(refuse_above=float(scores[place]), spread=spread if spread > 0 else 1.0)
 
@@ -117,7 +118,7 @@ def describe_shields(
             data=stage.data,
             defense=title,
             name=shield.spec.name,
-            params=shield.spec.effective(entries[title].params),
+            params=shield.spec.effective(entries[title].params) | (learned[title].params if title in learned else {}),
             gradient=shield.spec.gradient,
             stochastic=shield.spec.stochastic,
             detects=shield.spec.detects,

@@ -20,9 +20,9 @@ __all__ = ["make_patches"]
 def make_patches(source: str, items: Sequence[Item], *, side: int, count: int, seed: int) -> Pool:
     """`count` patches of `side` pixels, as evenly over `items` as can be, each photograph's next to each other.
 
-    A patch is a square of random place and side, from `side` pixels to the whole (uniform in the logarithm), scaled
-    down to `side`: fine and coarse structure are seen alike. What is smaller than a patch is left out and named, and so
-    is what cannot be read.
+    A patch is a square of random place and side, from a quarter of the image to the whole (uniform in the logarithm),
+    scaled down to `side`: a large photograph shows its detail only from further away. What is smaller than a patch is
+    left out and named, and so is what cannot be read.
 
     Raises:
         DataError: No image serves.
@@ -52,7 +52,8 @@ def make_patches(source: str, items: Sequence[Item], *, side: int, count: int, s
 
 def _patch(image: PIL.Image.Image, side: int, rng: np.random.Generator) -> Tensor:
     shorter = min(image.size)
-    length = min(shorter, round(side * math.exp(rng.random() * math.log(shorter / side))))
+    least = max(side, shorter // 4)
+    length = min(shorter, round(least * math.exp(rng.random() * math.log(shorter / least))))
     left, top = (int(rng.integers(free + 1)) for free in (image.width - length, image.height - length))
     crop = image.resize((side, side), PIL.Image.Resampling.LANCZOS, box=(left, top, left + length, top + length))
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()

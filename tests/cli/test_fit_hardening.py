@@ -136,7 +136,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(rbx: Command, args: tuple[str
 def test_names_that_cannot_be_fitted_are_told_what_can(rbx: Command) -> None:
     ended = rbx("fit", "faree", "-e", BASE, "--out", "h.safetensors")
     assert (ended.code, ended.out) == (2, "")
-    assert "unknown attack or hardening 'faree'; did you mean fare" in ended.err
+    assert "unknown attack, hardening or defense 'faree'; did you mean fare" in ended.err
     ended = rbx("fit", "pgd", "-e", BASE, "--out", "h.safetensors")
     assert "pgd has nothing to train; rbx fit takes" in ended.err
     assert "fare" in ended.err

@@ -147,11 +147,11 @@ def brooks(image: Array) -> Array:
     """Unprocessing of Brooks et al. (2019) for one image `(H, W, 3)`, with fixed metadata, channels last as theirs."""
     image = 0.5 - np.sin(np.arcsin(1 - 2 * np.clip(image, 0, 1)) / 3)
     image = np.maximum(image, 1e-8) ** 2.2
-    image = np.tensordot(image, to_camera(), axes=[[-1], [-1]])
+    image = image @ to_camera().T
     gains = np.array([1 / RED, 1.0, 1 / BLUE]) / RGB_GAIN
     grey = image.mean(axis=-1, keepdims=True)
     mask = (np.maximum(grey - 0.9, 0) / 0.1) ** 2
-    return np.clip(image * np.maximum(mask + (1 - mask) * gains, gains), 0, 1)
+    return np.asarray(np.clip(image * np.maximum(mask + (1 - mask) * gains, gains), 0, 1))
 
 
 def develop(linear: Array) -> Array:

@@ -45,7 +45,7 @@ class RawISP:
     artifact: str = param("shipped", "weights: 'shipped', a file of rbx fit raw_isp, or empty to train for this audit")
     omega: float = param(0.7, "share of the learned pipeline G in what comes out; 0 is S alone, 1 is G alone")
     g: GName = param("small", "G: small (1.1 M parameters) or pynet (45 M)")
-    patch: int = param(96, "side of the training patches, which are halved for F; a multiple of 16; for pynet of 32, from 64")
+    patch: int = param(96, "side of the training patches, halved for F; a multiple of 16, for pynet of 32 and from 64")
     f_steps: int = param(1500, "training steps of F")
     g_steps: int = param(2500, "training steps of G")
     batch: int = param(8, "patches per step; published for F: 32")

@@ -1,0 +1,147 @@
+"""Every defence against the whole ladder of attackers: docs/results/defenses.md.
+
+    python benchmarks/defenses.py --work DIR [--part rivals|tvm|raw_isp|last_rungs|throughput] [--only NAME] [--write]
+
+Every run is an audit into a folder under DIR, so a killed one goes on where it stopped; `--write` makes the page from
+what is there. Everything comes from Python packages.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import defenses_page
+import torch
+from advencoder import Says
+
+from robustbench_x.config import AuditConfig
+from robustbench_x.encoders.source import load_encoder
+from robustbench_x.engine import run_audit
+from robustbench_x.engine.run import resolve_device
+from robustbench_x.engine.supply import find_defense
+from robustbench_x.registry import load_registry
+
+VICTIMS: dict[str, dict[str, Any]] = {
+    "photos": {"encoder": "packaged:efficientnet_lite0", "head": "native", "data": "packaged:photos"},
+    "digits": {"encoder": "packaged:efficientnet_lite0?size=96", "head": "linear", "data": "packaged:digits"},
+    "dinov2": {"encoder": "packaged:dinov2_vits14?size=98", "head": "linear", "data": "packaged:digits"},
+}
+SAMPLES = {"photos": 20, "digits": 24, "dinov2": 12}
+BUDGETS = ("2/255", "4/255", "8/255")
+RIVALS: tuple[dict[str, Any], ...] = (
+    {"name": "jpeg"},
+    {"name": "jpeg_random"},
+    {"name": "bit_depth"},
+    {"name": "gaussian_noise"},
+    {"name": "median"},
+    {"name": "resize_pad"},
+    {"name": "super_resolution"},
+    {"name": "crop_ensemble", "crops": 4},
+    {"name": "mvg"},
+    {"name": "feature_squeezing"},
+)
+RAW: tuple[dict[str, Any], ...] = (
+    {"name": "raw_isp"},
+    {"name": "raw_isp", "label": "raw_isp, S alone", "omega": 0.0},
+    {"name": "raw_isp", "label": "raw_isp, G alone", "omega": 1.0},
+)
+GROUPS = {"rivals": RIVALS, "tvm": ({"name": "tvm"},), "raw_isp": RAW}
+EOT = 3
+GRADIENTS: tuple[dict[str, Any], ...] = (
+    {"name": "noise"},
+    {"name": "transfer", "steps": 10},
+    {"name": "pgd", "steps": 10, "eot": EOT},
+    {"name": "apgd_ce", "steps": 20, "eot": EOT},
+    {"name": "apgd_t", "steps": 10, "targets": 2, "eot": EOT},
+)
+LAST: tuple[dict[str, Any], ...] = (
+    {"name": "noise"},
+    {"name": "uap", "steps": 30, "batch": 8},
+    {"name": "square", "queries": 200},
+    {"name": "random_search", "queries": 50},
+)
+"""The rungs that ask most of a processor: universal through the defence, and black box; at 4/255 alone."""
+PARTS = (*GROUPS, "last_rungs", "throughput")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--only", action="append", help="victims by name; all by default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--write", action="store_true", help="write the page from what is there")
+    parser.add_argument("--page", type=Path, default=Path("docs/results/defenses.md"))
+    given = parser.parse_args()
+    parts = given.part or ([] if given.write else list(PARTS))
+    for part in parts:
+        if part == "throughput":
+            throughput(given.work / "throughput.json", given.device)
+            continue
+        for name, config in configs(part, given.device, given.only or list(VICTIMS)):
+            print(f"{part}: {name}", flush=True)
+            run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
+    if given.write or not given.part:
+        defenses_page.write(given.page, given.work)
+
+
+def configs(part: str, device: str, victims: list[str]) -> Iterator[tuple[str, AuditConfig]]:
+    """The audits of one part, by name of the victim."""
+    for name in victims:
+        shared = {"target": [VICTIMS[name]], "samples": SAMPLES[name], "device": device, "seed": 0}
+        if part == "last_rungs":
+            for group, defenses in GROUPS.items():
+                if group == "raw_isp":
+                    defenses = defenses[:1]
+                known = [
+                    entry if _detects(entry) else {**entry, "knowledge": ["oblivious", "full"]} for entry in defenses
+                ]
+                values = {**shared, "attack": list(LAST), "defense": known, "eps": ["4/255"]}
+                yield f"{group}-{name}", AuditConfig.model_validate(values)
+            continue
+        known = [
+            entry if _detects(entry) else {**entry, "knowledge": ["oblivious", "bpda", "bpda_learned", "full"]}
+            for entry in GROUPS[part]
+        ]
+        values = {**shared, "attack": list(GRADIENTS), "defense": known, "eps": list(BUDGETS)}
+        yield name, AuditConfig.model_validate(values)
+
+
+def _detects(entry: dict[str, Any]) -> bool:
+    return load_registry().defenses[entry["name"]].detects
+
+
+@torch.no_grad()
+def throughput(path: Path, asked: str) -> None:
+    """Images a second of raw_isp and of the encoder behind it, in turns, one after the other."""
+    device, registry = resolve_device(asked), load_registry()
+    spec = registry.defenses["raw_isp"]
+    built = spec.build()
+    learned = {k: t.to(device) for k, t in find_defense(spec, built, None).artifact.tensors.items()}
+    defense = built.armed(learned)
+    rows = []
+    for source, batch in (("packaged:efficientnet_lite0", 4), ("packaged:dinov2_vits14?size=98", 4)):
+        encoder = load_encoder(source, registry).encoder.to(device)
+        images = torch.rand(batch, 3, *encoder.input_size, device=device)
+        best = {"raw_isp": float("inf"), "encoder": float("inf")}
+        for _ in range(6):
+            for name, run in (("raw_isp", defense.apply), ("encoder", encoder)):
+                started = time.perf_counter()
+                run(images)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                best[name] = min(best[name], (time.perf_counter() - started) / batch)
+        rows.append({"encoder": source, "size": list(encoder.input_size), **best})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = {"device": str(device), "threads": torch.get_num_threads(), "rows": rows}
+    path.write_text(json.dumps(note, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -109,6 +109,7 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         *evidence.probes,
         *_training_findings(evidence.heads),
         *_fit_findings(evidence, records),
+        *_cost_findings(evidence.defenses, records),
         *cell_findings(records, config, registry),
     ]
     params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
@@ -209,6 +210,17 @@ def _tuning_findings(head: HeadInfo) -> list[Finding]:
             f"accuracy {made['held_out_accuracy']:.3f}, the probe's {made['probe_held_out_accuracy']:.3f}"
         )
         found.append(finding("tuned_below_probe", text))
+    return found
+
+
+def _cost_findings(defenses: Sequence[DefenseInfo], records: Mapping[str, CellRecord]) -> list[Finding]:
+    """Defences that failed on the very images that they were to be timed on."""
+    found = []
+    for info in (info for info in defenses if info.seconds is None):
+        where = (info.encoder, info.data, info.defense)
+        about = tuple(i for i, r in records.items() if (r.cell.encoder, r.cell.data, r.cell.defense) == where)
+        kind = finding("runtime_unmeasured", "its time could not be measured", " | ".join(where))
+        found.append(kind.model_copy(update={"applies_to": about}))
     return found
 
 

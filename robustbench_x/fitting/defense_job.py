@@ -14,6 +14,7 @@ from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.ground import Ground
 from robustbench_x.fitting.loop import Show, run_training
 from robustbench_x.plugin import DefenseSpec, FittedDefense
+from robustbench_x.randomness import derive_seed
 from robustbench_x.victim import fresh_draw
 from robustbench_x.views import DefenseFitView, EncoderHandle, ImagePool, Meter
 
@@ -37,7 +38,9 @@ def decisive(spec: DefenseSpec, defense: object) -> dict[str, Any]:
 class DefenseJob:
     """Everything the training of a defence depends on.
 
-    The last eighth of the pool is held out, a third of it for a detector, whose threshold is read from it.
+    An eighth of the pool is held out, a third of it for a detector, whose threshold is read from it. Whole images are
+    drawn for that: a pool lies in the order of its classes, and a threshold of the last ones would not hold for the
+    others. Patches come in a random order of their photographs already, and the last ones are held out.
     """
 
     spec: DefenseSpec
@@ -98,6 +101,9 @@ class DefenseJob:
     def view(self, meter: Meter) -> DefenseFitView:
         """What the plugin is handed."""
         ground, levels = self.ground, self.ground.pool.levels
+        if self.spec.per_encoder:
+            generator = torch.Generator().manual_seed(derive_seed(ground.seed, "held out"))
+            levels = levels[torch.randperm(len(levels), generator=generator)]
         share = _CALIBRATED if self.spec.detects else _HELD_OUT
         kept = len(levels) - max(len(levels) // share, 1)
         if kept < 1:

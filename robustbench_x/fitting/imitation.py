@@ -25,20 +25,21 @@ __all__ = ["ImitationJob", "Imitator", "arm_imitation"]
 
 _NOISE = 8 / 255
 _PREFIX = "imitator."
+_WINDOW = 96
 
 
 @final
 class Imitator(nn.Module):
-    """Images `(N, 3, H, W)` to images: the identity and a correction by four 5 x 5 convolutions, 32 channels wide.
+    """Images `(N, 3, H, W)` to images: the identity and a correction by three 3 x 3 convolutions, 24 channels wide.
 
     The correction starts at zero, so that an untrained imitator is plain BPDA.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 32, 32, 3)
+        widths = (3, 24, 24, 3)
         self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 5, padding=2, padding_mode="replicate") for a, b in itertools.pairwise(widths)
+            nn.Conv2d(a, b, 3, padding=1, padding_mode="replicate") for a, b in itertools.pairwise(widths)
         )
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
@@ -83,6 +84,8 @@ class _Trainer:
             wanted = wanted.mean(dim=1)
         if wanted.shape[-2:] != images.shape[-2:]:
             wanted = F.interpolate(wanted, images.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+        # A window of each is enough for a map this local, and the network is what takes the time.
+        images, wanted = _window(images, wanted)
         with torch.enable_grad():
             loss = F.mse_loss(self._net(images), wanted)
         for group in self._optimizer.param_groups:
@@ -103,6 +106,14 @@ class _Trainer:
     def result(self) -> dict[str, Tensor]:
         """The weights."""
         return {f"{_PREFIX}{name}": t.detach().clone() for name, t in self._net.state_dict().items()}
+
+
+def _window(images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same random square of both."""
+    side = min(_WINDOW, *images.shape[-2:])
+    top, left = (int(torch.randint(size - side + 1, (1,))) for size in images.shape[-2:])
+    window = (..., slice(top, top + side), slice(left, left + side))
+    return images[window], wanted[window]
 
 
 _SPEC = Spec(name="imitation", summary="imitates a defence", factory=ImitationRecipe, source="Athalye et al. 2018")

@@ -68,8 +68,8 @@ def _table(
 
 
 def _clean(cells: list[CellResult], defense: str) -> float | None:
-    values = [c.metrics["clean_accuracy"].value for c in cells if c.defense == defense]
-    return values[0] if values else None
+    values = (c.metrics["clean_accuracy"].value for c in cells if c.defense == defense)
+    return next((value for value in values if value is not None), None)
 
 
 def _least(cells: list[CellResult]) -> float | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from command import Command
 from robustbench_x.config import AuditConfig, default_config, ladder_attacks, load_config, override
 from robustbench_x.errors import ConfigError
 from robustbench_x.plan import make_plan
@@ -102,6 +103,18 @@ def test_the_flag_adds_it_to_the_default_and_to_a_file() -> None:
     assert settings["pgd"] == {"steps": 3, "loss": "margin"}
     assert settings["square"] == {"queries": 7}
     assert sorted(settings) == sorted(LADDER)
+
+
+def test_rbx_audit_knows_the_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A parameter of an attack that only the ladder brings is understood, and checked before anything is loaded."""
+    rbx = Command(capsys, monkeypatch, tmp_path)
+    climbs = rbx("audit", "--ladder", "-p", "square.rungs=7", "--out", "out")
+    assert climbs.code != 0
+    assert "square has no parameter 'rungs'" in climbs.err
+    plain = rbx("audit", "-p", "square.rungs=7", "--out", "out")
+    assert "this audit runs no 'square'" in plain.err
 
 
 def test_named_attacks_still_come_with_the_ladder() -> None:

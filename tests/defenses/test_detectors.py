@@ -375,6 +375,14 @@ def test_an_audit_behind_a_detector(name: str, images: Path, tmp_path: Path) -> 
     assert value(knowing, "refused") < value(blind, "refused")
 
 
+def test_the_rate_holds_on_images_that_lie_in_the_order_of_their_classes(images: Path, tmp_path: Path) -> None:
+    """A threshold from the last classes alone refused 16 of these 40 at a rate of one in ten."""
+    shields = list(SPECS)
+    done = audit(audit_config(images, attacks=["noise"], defenses=shields, refuse_rate=0.1), tmp_path / "out")
+    for name in shields:
+        assert value(done.cell("noise", defense=name), "refused_clean") <= 0.2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rough:
     """Refuses what is rougher than clean images are; without a number above a limit, where one is set."""

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from command import Command
 from project import registry
 from robustbench_x.data.dataset import Item
 from robustbench_x.engine.fit import FitRequest, fit_plugin
 from robustbench_x.engine.supply import find_defense
 from robustbench_x.errors import ConfigError, UsageError
-from robustbench_x.fitting import run_training
+from robustbench_x.fitting import read_artifact, run_training
 from robustbench_x.fitting.defense_job import DefenseJob
 from robustbench_x.fitting.ground import Ground, Pool
 from robustbench_x.fitting.loop import Trained
@@ -634,6 +635,23 @@ def test_pairs_that_are_not_there_are_the_user_s_error(tmp_path: Path, monkeypat
     )
     with pytest.raises(UsageError, match="there is no huawei_raw"):
         fit_plugin(request, registry())
+
+
+def test_rbx_fit_trains_it_for_every_encoder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RBX_CACHE", str(tmp_path / "cache"))
+    rbx = Command(capsys, monkeypatch, tmp_path)
+    quick = [part for k, v in QUICK.items() if k != "artifact" for part in ("-p", f"{k}={v}")]
+    shared = ("--surrogate", "fractal:classes=2,train=4,test=1,size=32", "--samples", "8", "--device", "cpu")
+    ended = rbx("fit", "raw_isp", *shared, *quick, "--out", "a.safetensors")
+    assert ended.code == 0, ended.err
+    made = read_artifact(Path("a.safetensors"))
+    assert (made.provenance.plugin, made.provenance.encoder, made.provenance.steps) == ("raw_isp", "none", 6)
+    assert made.provenance.params["patch"] == 16
+    defense = SPEC.build({"artifact": "a.safetensors"})
+    assert find_defense(SPEC, defense, None).artifact.sha256 == made.sha256
+    assert defense.armed(made.tensors).apply(torch.rand(1, 3, 16, 16)).isfinite().all()
 
 
 def test_the_content_of_the_pairs_decides_the_key(tmp_path: Path) -> None:

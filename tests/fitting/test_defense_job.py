@@ -205,6 +205,21 @@ def test_held_out_images_are_never_handed_to_the_training(detects: bool, count: 
     assert not trained & held
 
 
+def test_images_are_held_out_of_every_class() -> None:
+    """A pool lies in the order of its classes; a threshold of the last ones alone would not hold for the others."""
+    spec = replace(BLENDS, per_encoder=True, detects=True)
+    ground = _ground(90, public=TOY.encoder)
+    job = DefenseJob(spec=spec, defense=spec.build(), ground=ground)
+    view = job.view(Meter())
+    trained, held = _numbers(view.images), _numbers(view.held_out)
+    assert (len(trained), len(held)) == (60, 30)
+    assert trained | held == set(range(90))
+    assert all(4 <= len([n for n in held if n // 30 == third]) <= 16 for third in range(3))
+    assert held == _numbers(job.view(Meter()).held_out), "the same ones each time"
+    other = replace(job, ground=replace(ground, seed=1))
+    assert held != _numbers(other.view(Meter()).held_out)
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(SampleError, match="blends needs two images or more to learn from, there is 1"):
         _job(count=1).view(Meter())

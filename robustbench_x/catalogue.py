@@ -89,12 +89,21 @@ def _defense(registry: Registry, spec: DefenseSpec) -> dict[str, Any]:
         "name": spec.name,
         "gradient": spec.gradient,
         "stochastic": spec.stochastic,
+        "refuses": spec.detects,
+        "trained": _training(spec),
         "knowledge": list(spec.knowledge),
         "installed": not (spec.extra and spec.missing()),
         "from": registry.defenses.origin(spec.name),
         "summary": spec.summary,
         "source": spec.source,
     }
+
+
+def _training(spec: DefenseSpec) -> str:
+    """On what a defence is trained; nothing where it learns nothing."""
+    if not spec.fits:
+        return ""
+    return "for one encoder, on clean images" if spec.per_encoder else "once, on patches of clean images"
 
 
 def _hardening(registry: Registry, spec: HardeningSpec) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _OPTIONAL = (
     ("sklearn", "scikit-learn", "packaged", "packaged:digits and packaged:crops"),
     ("torchattacks", "torchattacks", "torchattacks", "torchattacks:NAME"),
     ("peft", "peft", "tuning", "head lora"),
+    ("diffusers", "diffusers", "purification", "defense diffpure"),
 )
 
 

@@ -75,10 +75,14 @@ class Shield:
 
 @dataclass(frozen=True, kw_only=True)
 class DefendedEncoder:
-    """What is deployed in front of a head: an optional defence, then the encoder that the head reads."""
+    """What is deployed in front of a head: an optional defence, then the encoder that the head reads.
+
+    `watcher` is the encoder that a detector was fitted for and reads, where the head reads a tuned copy of it.
+    """
 
     encoder: Encoder
     shield: Shield | None = None
+    watcher: Encoder | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -113,7 +117,8 @@ class DefendedEncoder:
         assert self.shield is not None, "no detector"
         assert self.shield.threshold is not None, "no detector"
         threshold = self.shield.threshold
-        return (threshold.refuse_above - self.shield.score(images, self.encoder)) / threshold.spread
+        scores = self.shield.score(images, self.watcher or self.encoder)
+        return (threshold.refuse_above - scores) / threshold.spread
 
     def logits(self, images: Tensor, head: FittedHead) -> Tensor:
         """Logits `(N, K)` float32, as deployed; `head` must read this encoder, a tuned one its own."""

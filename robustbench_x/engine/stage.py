@@ -145,7 +145,7 @@ class StageAtWork:
 
     def defended(self, shield: str, head: str) -> DefendedEncoder:
         """The encoder that `head` reads, as deployed behind `shield`."""
-        return DefendedEncoder(encoder=self.body(head), shield=self.shields[shield])
+        return DefendedEncoder(encoder=self.body(head), shield=self.shields[shield], watcher=self.encoder)
 
     def clean(self, shield: str, head: str, batch: Batch, *, part: slice) -> Reading:
         """Clean features of part of a batch behind `shield` as `head` reads them.

@@ -106,6 +106,8 @@ class DefenseJob:
             levels = levels[torch.randperm(len(levels), generator=generator)]
         share = _CALIBRATED if self.spec.detects else _HELD_OUT
         kept = len(levels) - max(len(levels) // share, 1)
+        # At the start of a file, where there are several: no photograph is on both sides.
+        kept = max((start for start in ground.pool.starts if 0 < start <= kept), default=kept)
         if kept < 1:
             raise SampleError(f"{self.name} needs two images or more to learn from, there is {len(levels)}")
         encoder = None if ground.public is None else EncoderHandle(ground.public, lambda images: images, meter)

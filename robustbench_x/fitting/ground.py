@@ -33,12 +33,16 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Surrogate images at one encoder's input size: `levels` `(M, 3, H, W)` uint8, their source and digest."""
+    """Surrogate images at one size: `levels` `(M, 3, H, W)` uint8, their source and digest.
+
+    `starts` has the place of each file's first image, where a file gives several.
+    """
 
     source: str
     levels: Tensor
     sha256: str
     unreadable: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
 
     @classmethod
     def empty(cls, input_size: tuple[int, int]) -> "Pool":

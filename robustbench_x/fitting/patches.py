@@ -29,6 +29,7 @@ def make_patches(source: str, items: Sequence[Item], *, side: int, count: int, s
     """
     levels: list[Tensor] = []
     unusable: list[str] = []
+    starts: list[int] = []
     order = np.random.default_rng(derive_seed(seed, "patches")).permutation(len(items))
     for place, number in enumerate(order):
         wanted = (count * (place + 1)) // len(items) - (count * place) // len(items)
@@ -42,12 +43,13 @@ def make_patches(source: str, items: Sequence[Item], *, side: int, count: int, s
             unusable.append(str(error))
             continue
         rng = np.random.default_rng(derive_seed(seed, "patch", items[number].id))
+        starts.append(len(levels))
         levels += [_patch(image, side, rng) for _ in range(wanted)]
     if not levels:
         raise DataError(f"surrogate {source}: none of {len(items)} images can be used: {(unusable or ['none'])[0]}")
     stacked = torch.stack(levels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
-    return Pool(source=source, levels=stacked, sha256=digest, unreadable=tuple(unusable))
+    return Pool(source=source, levels=stacked, sha256=digest, unreadable=tuple(unusable), starts=tuple(starts))
 
 
 def _patch(image: PIL.Image.Image, side: int, rng: np.random.Generator) -> Tensor:

@@ -68,8 +68,8 @@ def _table(
 
 
 def _clean(cells: list[CellResult], defense: str) -> float | None:
-    values = (c.metrics["clean_accuracy"].value for c in cells if c.defense == defense)
-    return next((value for value in values if value is not None), None)
+    values = [v for c in cells if c.defense == defense and (v := c.metrics["clean_accuracy"].value) is not None]
+    return max(values, default=None)  # lower in a cell only where some of its samples ended in an error
 
 
 def _least(cells: list[CellResult]) -> float | None:

@@ -78,6 +78,8 @@ def _record(
         outcome=outcome,
         overrun=np.zeros(n),
         margin=np.where(np.arange(n) < fooled, -margin, margin),
+        seen_fooled=np.full(n, np.nan),
+        late_gain=np.full(n, np.nan),
         messages=("boom",) if outcome.error.any() else (),
         num_classes=classes,
         metrics={k: Measure(value=v.value, low=v.low, high=v.high) for k, v in compute(outcome).items()},

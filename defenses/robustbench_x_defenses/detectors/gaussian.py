@@ -67,6 +67,8 @@ class Gaussian:
         return cls(features.mean(dim=0).float(), whitening.float().contiguous())
 
     def distance(self, features: Tensor) -> Tensor:
-        """Squared distance of `features` `(N, D)`, over the number of components: 1 on average for clean ones."""
-        return ((features - self.mean) @ self.whitening.T).square().mean(dim=1)
+        """Squared distance of `features` `(N, D)`, over the number of components.
 
+        About 1 on average for clean ones, and less where the covariance was shrunk much.
+        """
+        return ((features - self.mean) @ self.whitening.T).square().mean(dim=1)

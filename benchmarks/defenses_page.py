@@ -116,8 +116,8 @@ def _head(reports: Mapping[str, Report], victims: Mapping[str, Victim]) -> str:
 - Device: {devices}; {first.run.platform}. No GPU was at hand: every GPU figure is not measured
 - Versions: {versions}, robustbench-x {first.run.robustbench_x}; weights of raw_isp: {", ".join(weights) or "none run"}
 - Seed {first.run.seed}; images: {counts}. One image is 4 to 8 points: the intervals say what a figure is worth
-- Attacks: noise, transfer (10 steps on the other encoder), PGD (10), APGD-CE (20), APGD-T (10, 2 targets), EOT over 3
-  draws where the defence is random; at 4/255 also a universal perturbation fitted through the defence (30 steps of 8
+- Attacks: noise, transfer (5 steps on the other encoder), PGD (10 steps), APGD-CE (10), EOT over 2 draws where the
+  defence is random; at 4/255 also a universal perturbation fitted through the defence (30 steps of 8
   images), Square (200 queries) and random search (50). Random defences are judged on 20 fresh draws
 """
 

@@ -72,7 +72,7 @@ def _bounded_mean(values: list[float]) -> Interval:
 def _reference(o: Outcome) -> dict[str, Interval]:
     optional = ("retrieval", "acceptance")
     arrays = {name: getattr(o, name) for name in Outcome.__dataclass_fields__ if name not in optional}
-    arrays |= (o.retrieval or {}) | (o.acceptance or {})
+    arrays |= {**(o.retrieval or {}), **(o.acceptance or {})}
     rows = [{name: values[i].item() for name, values in arrays.items()} for i in range(len(o.label))]
     judged = [r for r in rows if not r["error"]]
     if not judged:

@@ -44,7 +44,7 @@ def seed() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    image = PIL.Image.fromarray(skimage.data.astronaut()).resize((67, 51))  # type: ignore[no-untyped-call]
+    image = PIL.Image.fromarray(skimage.data.astronaut()).resize((67, 51))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
@@ -289,7 +289,7 @@ def test_tvm_comes_close_to_the_optimum_from_half_the_pixels(photograph: Tensor)
 
 def test_tvm_from_all_pixels_is_scikit_image_s_chambolle(photograph: Tensor) -> None:
     # It minimises |z - x|^2 / 2 + weight * TV(z), which is half of ours at half the weight.
-    theirs = skimage.restoration.denoise_tv_chambolle(  # type: ignore[no-untyped-call]
+    theirs = skimage.restoration.denoise_tv_chambolle(
         photograph[0].double().numpy(), weight=0.03 / 2, max_num_iter=1000, eps=1e-12, channel_axis=0
     )
     mask = torch.ones_like(photograph)

@@ -56,7 +56,7 @@ def seed() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    image = PIL.Image.fromarray(skimage.data.astronaut()).resize((64, 48))  # type: ignore[no-untyped-call]
+    image = PIL.Image.fromarray(skimage.data.astronaut()).resize((64, 48))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 

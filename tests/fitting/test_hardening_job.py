@@ -227,6 +227,7 @@ class _Mean:
 
 def test_an_inner_attack_that_is_trained_first_gets_what_it_learned_of_the_original() -> None:
     made = job(inner(Learns, fits=True))
+    assert made.inner is not None
     assert made.inner.artifact is not None
     assert made.inner.artifact.provenance.encoder_sha256 == toy_victim().encoder.sha256
     artifact = made.run(None)
@@ -255,6 +256,7 @@ def test_the_key_covers_the_inner_attack() -> None:
     assert len(set(asked)) == 4
     assert key() == asked[0]
     learned = job(inner(Learns, fits=True))
+    assert learned.inner is not None
     assert learned.inner.artifact is not None
     other = learned.inner.artifact._replace(tensors={"mean": torch.ones(1)})
     assert dataclasses.replace(learned, inner=dataclasses.replace(learned.inner, artifact=other)).key() != learned.key()

@@ -46,7 +46,7 @@ RIVALS: tuple[dict[str, Any], ...] = (
     {"name": "mvg"},
     {"name": "feature_squeezing"},
 )
-COSTLY = ("jpeg_random", "super_resolution", "raw_isp, S alone", "raw_isp, G alone")
+COSTLY = ("jpeg_random", "super_resolution", "crop_ensemble", "raw_isp, S alone", "raw_isp, G alone")
 """Run on the cheapest victim alone."""
 RAW: tuple[dict[str, Any], ...] = (
     {"name": "raw_isp"},

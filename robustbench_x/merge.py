@@ -116,6 +116,9 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "tuned heads (share $RBX_CACHE, or save one and pass file:HEAD)": [
                 (proof.encoder, proof.data, proof.tuned) for proof in report.proofs
             ],
+            "trained defenses (share $RBX_CACHE, or fit once with rbx fit and pass the file)": [
+                (proof.encoder, proof.data, proof.defenses) for proof in report.proofs
+            ],
             "artefacts (fit once with rbx fit and pass the file)": [
                 (cell.id, None if cell.fit is None else cell.fit.sha256) for cell in report.cells
             ],

@@ -25,7 +25,8 @@ def check_cell(record: CellRecord) -> list[Finding]:
     found = []
     if not judged.all():
         count = int(out.error.sum())
-        found.append(finding("sample_errors", f"{count} of {len(judged)} samples: {record.messages[0]}", cell.id))
+        text = f"{count} of {len(judged)} samples: {record.messages[0]}"
+        found.append(finding("sample_errors", text, cell.id, figure=count))
     if not judged.any():
         return found
     correct = out.clean_correct
@@ -35,18 +36,20 @@ def check_cell(record: CellRecord) -> list[Finding]:
         return [*found, finding("nothing_to_attack", f"0 of {int(judged.sum())} clean samples are right", cell.id)]
     labels, predictions = out.label[judged], out.clean_pred[judged]
     if len(set(predictions)) == 1 and len(set(labels)) > 1:
-        found.append(finding("constant_prediction", f"class {predictions[0]} for {len(predictions)} images", cell.id))
+        text = f"class {predictions[0]} for {len(predictions)} images"
+        found.append(finding("constant_prediction", text, cell.id, figure=1))
     accuracy = record.metrics["clean_accuracy"]
     # What a constant prediction would score here, or a draw of the dice.
     chance = max(float(np.bincount(labels).max()) / len(labels) if len(set(labels)) > 1 else 0, 1 / record.num_classes)
     if accuracy.low is not None and accuracy.low <= chance:
         message = f"{accuracy.value:.2f} on {record.num_classes} classes; one class for all would score {chance:.2f}"
-        found.append(finding("chance_head", f"clean accuracy is {message}", cell.id))
+        found.append(finding("chance_head", f"clean accuracy is {message}", cell.id, figure=accuracy.low))
     if int(correct.sum()) < _MIN_CORRECT:
-        found.append(finding("few_samples", f"{int(correct.sum())} correct samples", cell.id))
+        count = int(correct.sum())
+        found.append(finding("few_samples", f"{count} correct samples", cell.id, figure=count))
     worst = float(np.nanmax(record.overrun[judged]))
     if record.spec.budget and worst > _OVERRUN_SLACK:
-        found.append(finding("budget_overrun", f"by up to {worst:.3g} in pixel units", cell.id))
+        found.append(finding("budget_overrun", f"by up to {worst:.3g} in pixel units", cell.id, figure=worst))
     found += _idle(record, correct & ~out.fooled)
     found += _watched(record)
     if record.num_classes in (2, 3):
@@ -54,7 +57,8 @@ def check_cell(record: CellRecord) -> list[Finding]:
         found.append(finding("few_classes", text, cell.id, figure=record.num_classes))
     asr, asr8 = record.metrics["asr"], record.metrics["asr_8bit"]
     if asr.value is not None and asr8.value is not None and asr.value - asr8.value > 0.01:
-        found.append(finding("eight_bit_loss", f"asr {asr.value:.2f}, after rounding {asr8.value:.2f}", cell.id))
+        text = f"asr {asr.value:.2f}, after rounding {asr8.value:.2f}"
+        found.append(finding("eight_bit_loss", text, cell.id, figure=asr.value - asr8.value))
     return found
 
 
@@ -90,7 +94,7 @@ def _idle(record: CellRecord, resisted: np.ndarray) -> list[Finding]:
     if still.sum() <= 0.5 * resisted.sum():
         return []
     message = f"{int(still.sum())} of {int(resisted.sum())} samples it did not break came back all but unchanged"
-    kind = finding("idle_attack", message, cell.id)
+    kind = finding("idle_attack", message, cell.id, figure=float(still.sum() / resisted.sum()))
     # A search for the smallest change that asked the model and found none honestly returns what it was given.
     searched = not record.spec.budget and float(np.nansum(out.forwards[resisted])) > 0
     return [kind.model_copy(update={"level": "warning"})] if searched else [kind]
@@ -108,24 +112,25 @@ def check_pair(record: CellRecord, other: CellRecord, kind: str) -> list[Finding
     mine = both & record.outcome.fooled
     theirs = both & other.outcome.fooled
     lost, gained = int((theirs & ~mine).sum()), int((mine & ~theirs).sum())
-    significant = lost > gained and mcnemar_exact(lost, gained) < _ALPHA
+    chance = mcnemar_exact(lost, gained) if lost > gained else 1.0
+    significant = chance < _ALPHA
     text = f"{lost} samples broken by it are not broken here, {gained} the other way round"
     if kind == "bpda":
-        return [finding("bpda_beats_full", text, record.cell.id)] if significant else []
+        return [finding("bpda_beats_full", text, record.cell.id, figure=chance)] if significant else []
     # An attacker without the head, or blind to the defence, may honestly do less than noise; one who sees the whole
     # victim may not.
     sees_all = record.spec.access not in ("none", "encoder") and record.cell.knowledge in ("none", "full")
     doubts = []
     if significant:
-        doubts.append(finding("weaker_than_noise", text, record.cell.id))
-    elif (beaten := _behind_noise(record, other, both & ~mine)) is not None:
-        doubts.append(finding("no_better_than_noise", beaten, record.cell.id))
+        doubts.append(finding("weaker_than_noise", text, record.cell.id, figure=chance))
+    elif (doubt := _behind_noise(record, other, both & ~mine)) is not None:
+        doubts.append(doubt)
     elif sees_all and lost > 0.01 * int(both.sum()):
-        return [finding("noise_breaks_others", text, record.cell.id)]
-    return doubts if sees_all else [doubt.model_copy(update={"level": "warning"}) for doubt in doubts]
+        return [finding("noise_breaks_others", text, record.cell.id, figure=lost / int(both.sum()))]
+    return doubts if sees_all else [d.model_copy(update={"level": "warning"}) for d in doubts]
 
 
-def _behind_noise(record: CellRecord, noise: CellRecord, resisted: np.ndarray) -> str | None:
+def _behind_noise(record: CellRecord, noise: CellRecord, resisted: np.ndarray) -> Finding | None:
     """Whether the samples that resist are not even nearer to the boundary than after noise, sample by sample.
 
     Only for attacks that follow the gradient of this very victim over a fixed budget: others may honestly do no
@@ -136,6 +141,8 @@ def _behind_noise(record: CellRecord, noise: CellRecord, resisted: np.ndarray) -
         return None
     nearer = int((record.margin < noise.margin)[resisted].sum())
     farther = int((record.margin > noise.margin)[resisted].sum())
-    if resisted.sum() < _MIN_RESISTED or (nearer > farther and mcnemar_exact(nearer, farther) < _ALPHA):
+    chance = mcnemar_exact(nearer, farther) if nearer > farther else 1.0
+    if resisted.sum() < _MIN_RESISTED or chance < _ALPHA:
         return None
-    return f"of {int(resisted.sum())} samples that resist, it gets {nearer} nearer to the boundary than noise does"
+    text = f"of {int(resisted.sum())} samples that resist, it gets {nearer} nearer to the boundary than noise does"
+    return finding("no_better_than_noise", text, cell.id, figure=chance)

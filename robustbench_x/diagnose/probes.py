@@ -48,9 +48,9 @@ def probe_victim(images: Tensor, victim: DefendedEncoder, head: FittedHead) -> l
         rows = int((~logits.isfinite().all(dim=1)).sum())
         text = f"{rows} of {len(images)} probed images give NaN or infinite logits"
         return [*found, finding("nonfinite_output", text, figure=rows)]
-    sums_to_one = (logits.sum(dim=1) - 1).abs().max() < 1e-5
-    if logits.min() > -1e-5 and logits.max() < 1 + 1e-5 and sums_to_one and head.num_classes > 1:
-        found.append(finding("not_logits", "every output row lies in [0, 1] and sums to 1"))
+    off = float((logits.sum(dim=1) - 1).abs().max())
+    if logits.min() > -1e-5 and logits.max() < 1 + 1e-5 and off < 1e-5 and head.num_classes > 1:
+        found.append(finding("not_logits", "every output row lies in [0, 1] and sums to 1", figure=off))
     if victim.stochastic:
         return found
     gap = max(_gap(logits, victim.logits(images, head)) for _ in range(_PASSES - 1))
@@ -126,15 +126,15 @@ def probe_gradient(
         if not flat.isfinite().all():
             rows = int((~flat.isfinite().all(dim=1)).sum())
             text = f"{rows} of {len(images)} probed images have NaN or infinite gradients"
-            return [finding("nonfinite_gradient", text)]
+            return [finding("nonfinite_gradient", text, figure=rows)]
         if zero := int((flat.abs().amax(dim=1) == 0).sum()):
             text = f"{zero} of {len(images)} probed images have a gradient of exactly zero"
-            return [finding("zero_gradient", text)]
+            return [finding("zero_gradient", text, figure=zero)]
         found = []
         if clean is None:
             (gradient_ce,) = torch.autograd.grad(F.cross_entropy(outputs, classes, reduction="sum"), start)
             if zero := int((gradient_ce.flatten(1).abs().amax(dim=1) == 0).sum()):
-                doubt = finding("saturated_loss", f"on {zero} of {len(images)} probed images")
+                doubt = finding("saturated_loss", f"on {zero} of {len(images)} probed images", figure=zero)
                 # A linear head fitted to convergence may do that to a lone image.
                 few = zero * 2 <= len(images)
                 found.append(doubt.model_copy(update={"level": "note"}) if few else doubt)

@@ -28,15 +28,17 @@ def check_attackers(records: Sequence[CellRecord], where: str) -> list[Finding]:
     """
     attacks = [record for record in records if not record.spec.control]
     if not attacks:
-        return [finding("only_controls", f"attacked by {', '.join(r.cell.attack for r in records)} alone", where)]
+        return [
+            finding("only_controls", f"attacked by {', '.join(r.cell.attack for r in records)} alone", where, figure=0)
+        ]
     cell = attacks[0].cell
     if cell.threat.radius == 0:
-        return [finding("zero_budget", f"{cell.threat} leaves every image as it is", where)]
+        return [finding("zero_budget", f"{cell.threat} leaves every image as it is", where, figure=0)]
     found = _inverted(records, where)
     if cell.defense == UNDEFENDED:
         return found
     if all(r.cell.knowledge == "oblivious" for r in attacks):
-        return [*found, finding("no_adaptive_attack", f"every image was made without {cell.defense}", where)]
+        return [*found, finding("no_adaptive_attack", f"every image was made without {cell.defense}", where, figure=0)]
     missing = [rung for rung in _wanted(attacks) if not any(rung in rungs_of(r) for r in attacks)]
     if missing:
         text = f"{cell.defense} was not attacked by: {', '.join(missing)}"

@@ -191,7 +191,7 @@ def _training_findings(heads: Sequence[HeadInfo]) -> list[Finding]:
         count, names = head.settings.get("unreadable", 0), head.settings.get("unreadable_first", [])
         if count:
             text = f"{head.data}, head {head.head}: {count} training images left out: {'; '.join(names)}"
-            found.append(finding("unreadable_images", text))
+            found.append(finding("unreadable_images", text, figure=count))
     return found
 
 
@@ -203,7 +203,7 @@ def _tuning_findings(head: HeadInfo) -> list[Finding]:
     found = []
     if made["feature_cosine"] > _BARELY:
         text = f"{where}: its features have a cosine of {made['feature_cosine']:.4f} to the public ones"
-        found.append(finding("barely_tuned", text))
+        found.append(finding("barely_tuned", text, figure=made["feature_cosine"]))
     if made["held_out_loss"] > made["probe_held_out_loss"]:
         text = (
             f"{where}: held-out loss {made['held_out_loss']:.3g}, the probe's {made['probe_held_out_loss']:.3g}; "
@@ -237,7 +237,7 @@ def _fit_findings(evidence: Evidence, records: Mapping[str, CellRecord]) -> list
         threat, made = records[cell].cell.threat, fit.threat
         if fit.downstream_images:
             text = f"{fit.downstream_images} evaluated images are among the {fit.surrogate_samples} it was fitted on"
-            found.append(finding("surrogate_overlap", text, cell))
+            found.append(finding("surrogate_overlap", text, cell, figure=fit.downstream_images))
         changes = []
         if threat.eps != made.eps:
             changes.append(f"eps {format_eps(made.eps)}, used at {format_eps(threat.eps)}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from made_cells import NOISE, PGD, THREAT, made_key, made_record
 from robustbench_x.diagnose import (
     CellRecord,
     check_attackers,
@@ -20,70 +21,11 @@ from robustbench_x.diagnose import (
 )
 from robustbench_x.findings import FINDINGS, finding
 from robustbench_x.heads.base import FittedHead
-from robustbench_x.metrics import Outcome, compute
-from robustbench_x.plan import Cell
 from robustbench_x.plugin import AttackSpec, DefenseSpec
-from robustbench_x.registry import load_registry
-from robustbench_x.result import Finding, Measure
+from robustbench_x.result import Finding
 from robustbench_x.testing import toy_victim
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import DefendedEncoder, Shield
-
-PGD, NOISE = (load_registry().attacks[name] for name in ("pgd", "noise"))
-THREAT = ThreatModel(eps=8 / 255)
-
-
-def _cell(**changes: Any) -> Cell:
-    held: dict[str, Any] = {
-        "encoder": "e", "head": "h", "data": "d", "defense": "none", "knowledge": "none", "attack": "pgd",
-        "threat": THREAT,
-    }  # fmt: skip
-    return Cell(**{**held, **changes})
-
-
-def _record(
-    n: int = 40,
-    *,
-    fooled: int = 30,
-    spec: AttackSpec = PGD,
-    cell: Cell | None = None,
-    moved: float = 8 / 255,
-    margin: float = 1.0,
-    classes: int = 4,
-    **columns: Any,
-) -> CellRecord:
-    """An honest cell: all clean right, the first `fooled` broken, the rest moved by `moved`."""
-    label = np.arange(n) % classes
-    adversarial = np.where(np.arange(n) < fooled, (label + 1) % classes, label)
-    values: dict[str, Any] = {
-        "label": label,
-        "clean_pred": label.copy(),
-        "adv_pred": adversarial,
-        "adv8_pred": adversarial.copy(),
-        "error": np.zeros(n, dtype=bool),
-        "linf": np.full(n, moved),
-        "l2": np.full(n, moved * 10),
-        "ssim": np.full(n, 0.9),
-        "feature_cosine": np.full(n, 0.5),
-        "forwards": np.full(n, 20.0),
-        "backwards": np.full(n, 20.0),
-        "seconds": np.zeros(n),
-        "target": np.full(n, -1),
-        **columns,
-    }
-    outcome = Outcome(**values)
-    return CellRecord(
-        cell=cell or _cell(),
-        spec=spec,
-        outcome=outcome,
-        overrun=np.zeros(n),
-        margin=np.where(np.arange(n) < fooled, -margin, margin),
-        seen_fooled=np.full(n, np.nan),
-        late_gain=np.full(n, np.nan),
-        messages=("boom",) if outcome.error.any() else (),
-        num_classes=classes,
-        metrics={k: Measure(value=v.value, low=v.low, high=v.high) for k, v in compute(outcome).items()},
-    )
 
 
 def _ids(findings: list[Finding]) -> dict[str, str]:
@@ -91,7 +33,7 @@ def _ids(findings: list[Finding]) -> dict[str, str]:
 
 
 def test_an_honest_cell_is_not_doubted() -> None:
-    assert check_cell(_record()) == []
+    assert check_cell(made_record()) == []
 
 
 def _late(n: int, value: Any, usual: Any) -> np.ndarray:
@@ -103,30 +45,30 @@ def _late(n: int, value: Any, usual: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (_record(error=_late(1, True, False)), {"sample_errors": "error"}),
-        (_record(error=np.ones(40, dtype=bool)), {"sample_errors": "error"}),
-        (_record(clean_pred=(np.arange(40) + 1) % 4), {"nothing_to_attack": "error"}),
+        (made_record(error=_late(1, True, False)), {"sample_errors": "error"}),
+        (made_record(error=np.ones(40, dtype=bool)), {"sample_errors": "error"}),
+        (made_record(clean_pred=(np.arange(40) + 1) % 4), {"nothing_to_attack": "error"}),
         (
-            _record(clean_pred=np.zeros(40, dtype=int), fooled=5),
+            made_record(clean_pred=np.zeros(40, dtype=int), fooled=5),
             {"constant_prediction": "error", "chance_head": "warning", "few_samples": "note"},
         ),
-        (_record(clean_pred=np.arange(40) // 10, fooled=5), {"chance_head": "warning", "few_samples": "note"}),
-        (_record(20, fooled=10), {"few_samples": "note"}),
-        (replace(_record(), overrun=_late(1, 1e-3, 0.0)), {"budget_overrun": "error"}),
-        (replace(_record(), overrun=_late(1, 1e-7, 0.0)), {}),
-        (_record(moved=0.0), {"idle_attack": "error"}),
-        (_record(moved=1e-4), {"idle_attack": "error"}),
-        (_record(moved=0.0, forwards=np.zeros(40)), {"idle_attack": "error"}),
-        (_record(linf=_late(4, 0.0, 8 / 255)), {}),
-        (_record(linf=_late(6, 0.0, 8 / 255)), {"idle_attack": "error"}),
-        (_record(fooled=40, moved=0.0), {}),
-        (_record(moved=0.0, spec=replace(PGD, budget=False)), {"idle_attack": "warning"}),
-        (_record(moved=0.0, spec=replace(PGD, budget=False), forwards=np.zeros(40)), {"idle_attack": "error"}),
-        (_record(adv8_pred=np.arange(40) % 4), {"eight_bit_loss": "note"}),
-        (_record(moved=0.0, cell=_cell(threat=ThreatModel(eps=0.0))), {}),
-        (_record(moved=0.01, cell=_cell(threat=ThreatModel(norm="l2", eps=2.0))), {"idle_attack": "error"}),
-        (_record(moved=0.05, cell=_cell(threat=ThreatModel(norm="l2", eps=2.0))), {}),
-        (_record(moved=1e-3, cell=_cell(threat=ThreatModel(norm="patch", eps=0.1))), {"idle_attack": "error"}),
+        (made_record(clean_pred=np.arange(40) // 10, fooled=5), {"chance_head": "warning", "few_samples": "note"}),
+        (made_record(20, fooled=10), {"few_samples": "note"}),
+        (replace(made_record(), overrun=_late(1, 1e-3, 0.0)), {"budget_overrun": "error"}),
+        (replace(made_record(), overrun=_late(1, 1e-7, 0.0)), {}),
+        (made_record(moved=0.0), {"idle_attack": "error"}),
+        (made_record(moved=1e-4), {"idle_attack": "error"}),
+        (made_record(moved=0.0, forwards=np.zeros(40)), {"idle_attack": "error"}),
+        (made_record(linf=_late(4, 0.0, 8 / 255)), {}),
+        (made_record(linf=_late(6, 0.0, 8 / 255)), {"idle_attack": "error"}),
+        (made_record(fooled=40, moved=0.0), {}),
+        (made_record(moved=0.0, spec=replace(PGD, budget=False)), {"idle_attack": "warning"}),
+        (made_record(moved=0.0, spec=replace(PGD, budget=False), forwards=np.zeros(40)), {"idle_attack": "error"}),
+        (made_record(adv8_pred=np.arange(40) % 4), {"eight_bit_loss": "note"}),
+        (made_record(moved=0.0, cell=made_key(threat=ThreatModel(eps=0.0))), {}),
+        (made_record(moved=0.01, cell=made_key(threat=ThreatModel(norm="l2", eps=2.0))), {"idle_attack": "error"}),
+        (made_record(moved=0.05, cell=made_key(threat=ThreatModel(norm="l2", eps=2.0))), {}),
+        (made_record(moved=1e-3, cell=made_key(threat=ThreatModel(norm="patch", eps=0.1))), {"idle_attack": "error"}),
     ],
 )
 def test_a_cell_is_doubted_for_what_its_rows_show(record: CellRecord, expected: dict[str, str]) -> None:
@@ -135,24 +77,24 @@ def test_a_cell_is_doubted_for_what_its_rows_show(record: CellRecord, expected: 
 
 
 def test_a_single_class_is_nothing_to_attack() -> None:
-    record = replace(_record(classes=2, fooled=0), num_classes=1)
+    record = replace(made_record(classes=2, fooled=0), num_classes=1)
     assert "nothing_to_attack" in _ids(check_cell(record))
 
 
 def test_chance_is_what_a_constant_would_score() -> None:
     """Nine in ten of one class: an accuracy of 0.9 is no achievement, though there are ten classes."""
     label = np.where(np.arange(40) < 36, 0, 1 + np.arange(40) % 3)
-    assert "chance_head" in _ids(check_cell(_record(label=label, clean_pred=_late(4, 0, label), fooled=0)))
+    assert "chance_head" in _ids(check_cell(made_record(label=label, clean_pred=_late(4, 0, label), fooled=0)))
 
 
 def _pair(broken: list[int], noise: list[int], **changes: Any) -> list[Finding]:
-    cell = _cell(**changes.pop("cell", {}))
+    cell = made_key(**changes.pop("cell", {}))
     kind: Literal["noise", "bpda"] = changes.pop("kind", "noise")
 
     def record(which: list[int], spec: AttackSpec, margin: float) -> CellRecord:
         label = np.arange(40) % 4
         adversarial = np.where(np.isin(np.arange(40), which), (label + 1) % 4, label)
-        made = _record(spec=spec, cell=cell, adv_pred=adversarial)
+        made = made_record(spec=spec, cell=cell, adv_pred=adversarial)
         return replace(made, margin=np.where(adversarial == label, margin, -margin))
 
     mine = record(broken, changes.get("spec", PGD), changes.get("margin", 1.0))
@@ -215,15 +157,15 @@ def test_bpda_that_beats_full_is_a_warning() -> None:
 
 
 def test_the_attackers_together_must_be_evidence() -> None:
-    noise, attack = _record(spec=NOISE, cell=_cell(attack="noise")), _record()
+    noise, attack = made_record(spec=NOISE, cell=made_key(attack="noise")), made_record()
     assert check_attackers([noise, attack], "w") == []
     assert _ids(check_attackers([noise], "w")) == {"only_controls": "error"}
-    nothing = replace(attack, cell=_cell(threat=ThreatModel(eps=0.0)))
+    nothing = replace(attack, cell=made_key(threat=ThreatModel(eps=0.0)))
     assert _ids(check_attackers([noise, nothing], "w")) == {"zero_budget": "error"}
-    blind = replace(attack, cell=_cell(defense="x", knowledge="oblivious"))
-    aware = replace(attack, cell=_cell(defense="x", knowledge="bpda"))
+    blind = replace(attack, cell=made_key(defense="x", knowledge="oblivious"))
+    aware = replace(attack, cell=made_key(defense="x", knowledge="bpda"))
     assert _ids(check_attackers([blind], "w")) == {"no_adaptive_attack": "error"}
-    assert check_attackers([blind, aware], "w") == []
+    assert _ids(check_attackers([blind, aware], "w")) == {"short_ladder": "warning"}
 
 
 def test_messages_are_counted() -> None:
@@ -330,4 +272,13 @@ def test_every_kind_says_what_to_do() -> None:
         assert kind.title, name
         assert kind.advice.endswith("."), name
         assert kind.source, name
-        assert finding(name, "m", "c") == Finding(id=name, level=kind.level, message="m", cell="c")
+        assert kind.measured.endswith("."), name
+        assert finding(name, "m", "c") == Finding(
+            id=name,
+            level=kind.level,
+            message="m",
+            cell="c",
+            threshold=kind.threshold,
+            source=kind.source,
+            advice=kind.advice,
+        )

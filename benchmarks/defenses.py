@@ -32,8 +32,9 @@ VICTIMS: dict[str, dict[str, Any]] = {
     "digits": {"encoder": "packaged:efficientnet_lite0?size=96", "head": "linear", "data": "packaged:digits"},
     "dinov2": {"encoder": "packaged:dinov2_vits14?size=98", "head": "linear", "data": "packaged:digits"},
 }
-SAMPLES = {"photos": 20, "digits": 20, "dinov2": 10}
-BUDGETS = ("2/255", "4/255", "8/255")
+SAMPLES = {"photos": 20, "digits": 20, "dinov2": 8}
+BUDGETS = {"photos": ("4/255",), "digits": ("2/255", "4/255", "8/255"), "dinov2": ("4/255",)}
+"""All three where a processor is quick enough; `--full` runs them everywhere."""
 RIVALS: tuple[dict[str, Any], ...] = (
     {"name": "jpeg"},
     {"name": "jpeg_random"},
@@ -46,12 +47,12 @@ RIVALS: tuple[dict[str, Any], ...] = (
     {"name": "mvg"},
     {"name": "feature_squeezing"},
 )
-COSTLY = ("jpeg_random", "super_resolution", "crop_ensemble", "raw_isp, S alone", "raw_isp, G alone")
+COSTLY = ("jpeg_random", "super_resolution", "crop_ensemble", "resize_pad", "raw_isp, S alone", "raw_isp, G alone")
 """Run on the cheapest victim alone."""
 RAW: tuple[dict[str, Any], ...] = (
     {"name": "raw_isp"},
-    {"name": "raw_isp", "label": "raw_isp, S alone", "omega": 0.0},
-    {"name": "raw_isp", "label": "raw_isp, G alone", "omega": 1.0},
+    {"name": "raw_isp", "label": "raw_isp, S alone", "omega": 0.0, "knowledge": ["oblivious", "full"]},
+    {"name": "raw_isp", "label": "raw_isp, G alone", "omega": 1.0, "knowledge": ["oblivious", "full"]},
 )
 GROUPS = {"rivals": RIVALS, "tvm": ({"name": "tvm"},), "raw_isp": RAW}
 EOT = 2
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--only", action="append", help="victims by name; all by default")
+    parser.add_argument("--full", action="store_true", help="every budget on every victim")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--write", action="store_true", help="write the page from what is there")
     parser.add_argument("--page", type=Path, default=Path("docs/results/defenses.md"))
@@ -85,14 +87,14 @@ def main() -> None:
         if part == "throughput":
             throughput(given.work / "throughput.json", given.device)
             continue
-        for name, config in configs(part, given.device, given.only or list(VICTIMS)):
+        for name, config in configs(part, given.device, given.only or list(VICTIMS), full=given.full):
             print(f"{part}: {name}", flush=True)
             run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
     if given.write or not given.part:
         defenses_page.write(given.page, given.work)
 
 
-def configs(part: str, device: str, victims: list[str]) -> Iterator[tuple[str, AuditConfig]]:
+def configs(part: str, device: str, victims: list[str], *, full: bool = False) -> Iterator[tuple[str, AuditConfig]]:
     """The audits of one part, by name of the victim."""
     for name in victims:
         shared = {"target": [VICTIMS[name]], "samples": SAMPLES[name], "device": device, "seed": 0}
@@ -109,11 +111,16 @@ def configs(part: str, device: str, victims: list[str]) -> Iterator[tuple[str, A
                 yield f"{group}-{name}", AuditConfig.model_validate(values)
             continue
         known = [
-            entry if _detects(entry) else {**entry, "knowledge": ["oblivious", "bpda", "bpda_learned", "full"]}
+            entry if _detects(entry) else {"knowledge": ["oblivious", "bpda", "bpda_learned", "full"], **entry}
             for entry in GROUPS[part]
             if name == "digits" or entry.get("label", entry["name"]) not in COSTLY
         ]
-        values = {**shared, "attack": list(GRADIENTS), "defense": known, "eps": list(BUDGETS)}
+        values = {
+            **shared,
+            "attack": list(GRADIENTS),
+            "defense": known,
+            "eps": list(BUDGETS["digits" if full else name]),
+        }
         yield name, AuditConfig.model_validate(values)
 
 

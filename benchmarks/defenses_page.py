@@ -273,5 +273,8 @@ def _missing(victims: Mapping[str, Victim]) -> str:
         unclimbed = [d for d, eps in victims[name] if eps == MIDDLE and "black box" not in victims[name][d, eps].stands]
         if unclimbed:
             lacks.append(f"{text}: universal and black box of {', '.join(sorted(unclimbed))}")
+        lone = {eps for _, eps in victims[name]}
+        if len(lone) < 3:
+            lacks.append(f"{text}: other budgets than {', '.join(map(format_eps, sorted(lone)))} (`--full`)")
     lacks += ["diffpure: needs a diffusion model, and none ships in a package", "every GPU figure"]
     return "## Not measured\n\n" + "\n".join(f"- {line}" for line in lacks) + "\n"

@@ -26,10 +26,10 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
     images = batch.images[:_IMAGES]
     if not len(images):
         return []
-    # Perturbed images too: a defence may behave on clean ones only.
+    # Perturbed images too, off the 8-bit grid: a defence may behave on clean ones only.
     threat = next((c.threat for c in stage.stage.crafts if c.threat.radius > 0), None)
     random = SampleRandom(range(len(images)), device=images.device)
-    both = images if threat is None else torch.cat([images, threat.noise(images, random)])
+    both = images if threat is None else torch.cat([images, threat.start(images, random)])
     source, data, crafts = stage.stage.encoder, stage.stage.data, stage.stage.crafts
     found: list[Finding] = []
 

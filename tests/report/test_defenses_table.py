@@ -130,7 +130,7 @@ def test_the_table_is_in_markdown() -> None:
     section = text[text.index("### Defences of toy:one + linear head on toy:data") :]
     assert f"| {' | '.join(COLUMNS)} |" in section
     jpeg, gate = (next(line for line in section.splitlines() if line.startswith(f"| {n} |")) for n in ("jpeg", "gate"))
-    assert jpeg == "| jpeg | linf 4/255 | 18 % \\[12, 27\\] | 61 % | 86 % | +4 points | 1.5 x |  |"
+    assert jpeg == "| jpeg | linf 4/255 | 18 % [12, 27] | 61 % | 86 % | +4 points | 1.5 x |  |"
     assert gate.endswith("| 1.5 x | 4 % / 2 % to 75 % |")
 
 
@@ -144,8 +144,24 @@ def _screen(result: Report, width: int = 120) -> str:
 def test_the_table_is_on_the_terminal_and_fits() -> None:
     section = _screen(made())
     section = section[section.index("Defences of toy:one + linear head on toy:data") :]
-    jpeg = next(line for line in section.splitlines() if line.startswith("jpeg"))
-    assert jpeg.split() == "jpeg linf 4/255 18 % [12, 27] 61 % 86 % +4 points 1.5 x".split()
+    jpeg = next(line for line in section.splitlines() if line.split()[:1] == ["jpeg"])
+    assert " ".join(jpeg.split()) == "jpeg linf 4/255 18 % [12, 27] 61 % 86 % +4 points 1.5 x"
+        "jpeg",
+        "linf",
+        "4/255",
+        "18",
+        "%",
+        "[12,",
+        "27]",
+        "61",
+        "%",
+        "86",
+        "%",
+        "+4",
+        "points",
+        "1.5",
+        "x",
+    ]
     assert max(map(len, _screen(made(), 80).splitlines())) <= 80
 
 
@@ -157,6 +173,6 @@ def test_columns_that_nobody_fills_are_left_out_on_the_terminal() -> None:
     section = _screen(bare)
     section = section[section.index("Defences of") :]
     assert "refused" not in section
-    heading = next(line for line in section.splitlines() if line.startswith("defence"))
+    heading = next(line for line in section.splitlines() if line.split()[:1] == ["defence"])
     assert "time" not in heading
     assert "worst case" in heading

@@ -1,5 +1,6 @@
 """Two runs on the same samples: which events happened in one and not in the other."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,13 +100,21 @@ def discordant(metric: str, mine: Rows, theirs: Rows, cell: str) -> Discordance:
     return Discordance(int((a & ~b).sum()), int((~a & b).sum()), int((a & b).sum()), len(judged))
 
 
+def _accepted(row: Mapping[str, Any], side: str) -> bool:
+    """Whether the image of `side` gets past the detector, if there is one; a run of before there were any has none."""
+    acceptance = row.get(f"{side}_acceptance")
+    return acceptance is None or acceptance >= 0
+
+
 EVENTS: dict[str, Any] = {
     "asr": lambda r: r["fooled"] if r["clean_correct"] else None,
-    "asr_8bit": lambda r: r["adv8_pred"] != r["label"] if r["clean_correct"] else None,
-    "asr_total": lambda r: r["adv_pred"] != r["label"],
+    "asr_8bit": lambda r: r["adv8_pred"] != r["label"] and _accepted(r, "adv8") if r["clean_correct"] else None,
+    "asr_total": lambda r: r["adv_pred"] != r["label"] and _accepted(r, "adv"),
     "robust_accuracy": lambda r: r["clean_correct"] and not r["fooled"],
     "flip_rate": lambda r: r["flipped"],
     "clean_accuracy": lambda r: r["clean_correct"],
+    "refused_clean": lambda r: None if r.get("clean_acceptance") is None else not _accepted(r, "clean"),
+    "refused": lambda r: None if r.get("adv_acceptance") is None else not _accepted(r, "adv"),
     "recall@1": lambda r: None if r["adv_rank"] is None else r["adv_rank"] <= 1,
     "recall@10": lambda r: None if r["adv_rank"] is None else r["adv_rank"] <= 10,
 }

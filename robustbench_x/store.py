@@ -75,6 +75,9 @@ RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
 ACCEPTED = ("clean_acceptance", "adv_acceptance", "adv8_acceptance")
 """The columns of a victim behind a detector."""
 
+_LATER = (*RANKED, *ACCEPTED, "seen_fooled", "late_gain")
+"""Columns that came after the first version."""
+
 _ARTIFACTS = "artifacts"
 _STATE = ".state"
 _DROPPED = ".state.done"
@@ -226,8 +229,8 @@ def read_rows(path: Path) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
-    for name in (name for name in RANKED if name not in table.column_names):  # runs from before there was retrieval
-        table = table.append_column(name, pa.nulls(len(table), pa.float64()))
+    for name in (name for name in _LATER if name not in table.column_names):  # a run from before there was such a thing
+        table = table.append_column(name, pa.nulls(len(table), ROWS.field(name).type))
     missing = [name for name in ROWS.names if name not in table.column_names]
     if missing:
         raise RunError(f"{path} has no column {', '.join(missing)}")

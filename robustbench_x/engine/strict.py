@@ -168,9 +168,9 @@ class _Harder:
         return found
 
     def _unbounded(self) -> list[Finding]:
-        """Whether anything survives a budget at which every image can be made grey."""
+        """Whether anything survives a budget at which every image can be made grey; a detector may well refuse grey."""
         chosen = _spread(self.correct)
-        if not chosen:
+        if not chosen or (self.shield is not None and self.shield.spec.detects):
             return []
         fooled = self._fooled(_GRADIENT, {"steps": 2 * _STEPS}, chosen, threat=_UNBOUNDED)
         left = 1 - sum(fooled) / len(fooled)

@@ -132,3 +132,11 @@ def test_rows_of_another_layout_are_refused(tmp_path: Path) -> None:
     pq.write_table(wrong, path)
     with pytest.raises(RunError, match="does not hold the columns of a run"):
         read_rows(path)
+
+
+def test_rows_of_an_earlier_version_lack_what_it_did_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    later = ["clean_ap", "adv_rank", "adv_acceptance", "seen_fooled", "late_gain"]
+    pq.write_table(pa.Table.from_pylist([_row(0)], schema=ROWS).drop_columns(later), path)
+    (row,) = read_rows(path).to_pylist()
+    assert [row[name] for name in later] == [None] * len(later)

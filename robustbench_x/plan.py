@@ -236,8 +236,8 @@ def _knowledge(
 
 
 def _fingerprint(config: AuditConfig, registry: Registry) -> str:
-    """What decides the numbers: the configuration but for where and how fast it runs, and the versions of the code."""
-    values = {k: v for k, v in config.replay().items() if k not in ("device", "batch_size", "allow_pickle")}
+    """What decides the numbers: the versions, and the configuration but for where, how fast and how checked it runs."""
+    values = {k: v for k, v in config.replay().items() if k not in ("device", "batch_size", "allow_pickle", "checks")}
     owners = {registry.attacks.origin(entry.name) for entry in config.attack}
     owners |= {registry.defenses.origin(entry.name) for entry in config.defense}
     text = json.dumps([__version__, sorted((owner, _version(owner)) for owner in owners), values], sort_keys=True)

@@ -27,6 +27,7 @@ from robustbench_x.result import (
     EncoderInfo,
     Finding,
     FitInfo,
+    Flag,
     HeadInfo,
     Report,
     RunInfo,
@@ -35,7 +36,7 @@ from robustbench_x.result import (
 )
 from robustbench_x.store import RunFolder, write_atomically
 
-__all__ = ["Evidence", "finish", "make_report", "now", "write_results"]
+__all__ = ["Evidence", "finish", "make_report", "now", "with_findings", "write_results"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "kornia", "torchattacks", "numpy", "pillow", "pyarrow")
 
@@ -136,6 +137,23 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         findings=tuple(findings),
         proofs=evidence.proofs,
     )
+
+
+def with_findings(report: Report, found: Sequence[Finding], config: AuditConfig) -> Report:
+    """A finished `report` with what later checks, those of `config`, have found."""
+    cells = tuple(
+        cell.model_copy(
+            update={
+                "flags": (
+                    *cell.flags,
+                    *(Flag(id=f.id, level=f.level, message=f.message) for f in found if cell.id in f.applies_to),
+                )
+            }
+        )
+        for cell in report.cells
+    )
+    checked = report.config | {"checks": config.checks}
+    return report.model_copy(update={"cells": cells, "findings": (*report.findings, *found), "config": checked})
 
 
 def _fits(folder: RunFolder, plan: Plan) -> dict[str, FitInfo]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from robustbench_x.diagnose import probe_defense, probe_gradient, probe_loss, probe_victim
+from robustbench_x.diagnose import probe_defense, probe_gradient, probe_victim
 from robustbench_x.engine.handout import attacker_sees
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import StageAtWork
@@ -51,11 +51,7 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
         exact = shield is None or (craft.knowledge == "full" and shield.spec.gradient == "exact")
         honest = exact and not (shield is not None and shield.spec.stochastic)
         see = attacker_sees(stage, craft, craft.head)
-        results = probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
-        if craft.head is not None and stage.config.checks == "all":
-            labels = stage.labels[craft.head][list(batch.positions[:_IMAGES])]
-            results += probe_loss(images, see, labels, honest=honest and not results)
-        return results
+        return probe_gradient(images, see, craft.threat, loss=loss, honest=honest)
 
     def swallowed(title: str) -> list[Finding]:
         shield = stage.shields[title]

@@ -13,7 +13,7 @@ from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.artifacts import Artifacts
 from robustbench_x.engine.craft import craft_rows, failed_rows, is_out_of_memory
-from robustbench_x.engine.finish import finish, now
+from robustbench_x.engine.finish import finish, now, with_findings
 from robustbench_x.engine.handout import AttackAtWork
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
@@ -27,7 +27,7 @@ from robustbench_x.fitting.ground import device_name
 from robustbench_x.plan import UNDEFENDED, Craft, Plan, Stage, make_plan
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.registry import Registry, load_registry
-from robustbench_x.result import Report, StageProof, read_report
+from robustbench_x.result import Finding, Report, StageProof, read_report, write_report
 from robustbench_x.store import RunFolder
 
 __all__ = ["resolve_device", "run_audit"]
@@ -131,9 +131,13 @@ class _Run:
     def verify(self, report: Report) -> Report:
         """The stored report of a finished run, once it is shown to be about what the sources hold today.
 
+        Checks that attack again are made up for where they are asked for now and were not then.
+
         Raises:
             RunError: Weights, code, heads or images changed since.
         """
+        unchecked = self.config.checks == "all" and report.config.get("checks") != "all"
+        found: list[Finding] = []
         proofs = {(proof.encoder, proof.data): proof for proof in report.proofs}
         fits = {cell.id: cell.fit for cell in report.cells}
         for stage in self.plan.stages:
@@ -148,6 +152,11 @@ class _Run:
                 if used is not None:
                     spec = self.registry.attacks[craft.attack.name]
                     self._artifacts.check(work, craft, spec, spec.build(craft.attack.params), used)
+            if unchecked:
+                found += strict_findings(work, self.registry, self.folder.rows(), self.progress.task)
+        if unchecked:
+            report = with_findings(report, found, self.config)
+            write_report(report, self.folder.path)
         self.progress.say(f"{self.folder.path} holds this very audit, finished {report.run.finished}: nothing was run")
         return report
 

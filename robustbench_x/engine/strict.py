@@ -15,6 +15,8 @@ import pyarrow as pa
 import torch
 
 from robustbench_x.config import AttackConfig
+from robustbench_x.diagnose import probe_gradient, probe_loss
+from robustbench_x.encoders.encoder import features_of_looks
 from robustbench_x.engine.craft import craft_rows
 from robustbench_x.engine.handout import AttackAtWork
 from robustbench_x.engine.stage import Batch, StageAtWork
@@ -24,7 +26,7 @@ from robustbench_x.randomness import derive_seed
 from robustbench_x.registry import Registry
 from robustbench_x.result import Finding
 from robustbench_x.threat import ThreatModel
-from robustbench_x.victim import Shield, fresh_draw
+from robustbench_x.victim import Shield, fresh_draw, perceive
 from robustbench_x.views import Knowledge
 
 __all__ = ["strict_findings"]
@@ -33,6 +35,7 @@ _SAMPLES = 16
 _QUERIES = 500
 _DRAWS = 200
 _STEPS = 20
+_PROBED = 8
 _UNBOUNDED = ThreatModel(norm="linf", eps=0.5)
 _FIXED = 0.95
 _GRADIENT = "pgd"
@@ -145,6 +148,7 @@ class _Harder:
     def findings(self) -> list[Finding]:
         """What every check comes to; one that fails is a finding of its own."""
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+            ("unstable_loss", self._jumps),
             ("unbounded_fails", self._unbounded),
             ("more_iterations_break", lambda: self._doubled("steps", "more_iterations_break")),
             ("more_restarts_break", lambda: self._doubled("restarts", "more_restarts_break")),
@@ -166,6 +170,25 @@ class _Harder:
                 results = [finding("strict_check_failed", text)]
             found += [f.model_copy(update={"cell": self.where, "applies_to": self.cells}) for f in results]
         return found
+
+    def _jumps(self) -> list[Finding]:
+        """Whether the loss that white-box attacks follow jumps around the images."""
+        chosen = self.correct[:_PROBED]
+        if not chosen:
+            return []
+        through = perceive(self.shield, "full")
+        encoder, head = self.stage.body(self.head), self.stage.heads[self.head]
+
+        def see(images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = head(features_of_looks(encoder, through(images)))
+            return logits
+
+        images = self._batch(chosen).images
+        exact = self.shield is None or (self.shield.spec.gradient == "exact" and not self.shield.spec.stochastic)
+        with fresh_draw(derive_seed(self.stage.seed, "jumps"), self.stage.device):
+            doubts = probe_gradient(images, see, self.threat, loss="margin", honest=exact)
+            labels = self.stage.labels[self.head][list(chosen)]
+            return probe_loss(images, see, labels, honest=exact and not doubts)
 
     def _unbounded(self) -> list[Finding]:
         """Whether anything survives a budget at which every image can be made grey; a detector may well refuse grey."""

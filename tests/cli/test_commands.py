@@ -171,7 +171,7 @@ def test_list_prints_a_table_or_json(rbx: Command, kind: str) -> None:
     [
         ("pgd", "attack", ["steps = 20 (int): gradient steps", "access: whitebox", "Madry et al. 2018"]),
         ("torchattacks:CW", "attack", ["budget: minimal", "from: robustbench-x"]),
-        ("jpeg", "defense", ["quality = 75 (int)", "knowledge: oblivious, bpda, full"]),
+        ("jpeg", "defense", ["quality = 75 (int)", "knowledge: oblivious, bpda, bpda_learned, full"]),
         ("fare", "hardening", ["eps: 4/255", "rate = ", "Schlarmann et al. 2024"]),
         ("linear", "head", ["name: linear"]),
         ("packaged:photos", "data source", ["names: digits, photos"]),

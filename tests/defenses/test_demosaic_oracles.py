@@ -26,10 +26,15 @@ def photo() -> Tensor:
 
 @pytest.fixture(scope="module")
 def colour() -> Any:
-    """colour-demosaicing, which warns on import that it cannot plot."""
+    """colour-demosaicing, which warns on import that it cannot plot, and puts dummies in the place of matplotlib."""
+    before = set(sys.modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("colour_demosaicing")
+        module = importlib.import_module("colour_demosaicing")
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "matplotlib":
+            del sys.modules[name]
+    return module
 
 
 @pytest.fixture(scope="module")

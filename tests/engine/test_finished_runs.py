@@ -7,7 +7,10 @@ import torch
 
 from project import TINY, audit_config, registry, save_image, write_images
 from robustbench_x.engine import run_audit
+from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.errors import RunError
+from robustbench_x.findings import finding
+from robustbench_x.result import Finding
 
 
 def test_a_finished_run_is_read_again_when_nothing_changed(images: Path, tmp_path: Path) -> None:
@@ -62,3 +65,28 @@ def test_every_head_fitted_for_the_first_time_gives_verdicts(head: str, tmp_path
     (pgd,) = [cell for cell in report.cells if cell.attack == "pgd"]
     assert pgd.metrics["asr"].value == 1.0, f"{head} hides its gradient"
     assert not [f for f in report.findings if f.level == "error"]
+
+
+def test_a_finished_run_is_attacked_again_once_that_is_asked_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def strict(stage: StageAtWork, *others: object) -> list[Finding]:
+        calls.append(stage.stage.encoder)
+        cells = tuple(cell.id for craft in stage.stage.crafts for cell in craft.cells)
+        return [finding("black_box_wins", "planted", "the victim", figure=0.5).model_copy(update={"applies_to": cells})]
+
+    monkeypatch.setattr("robustbench_x.engine.run.strict_findings", strict)
+    quick = audit_config(images, encoder=TINY, samples=6)
+    thorough = quick.model_copy(update={"checks": "all"})
+    first = run_audit(quick, tmp_path / "out")
+    assert not calls
+    second = run_audit(thorough, tmp_path / "out")
+    assert len(calls) == 1
+    assert [f.id for f in second.findings if f not in first.findings] == ["black_box_wins"]
+    assert all("black_box_wins" in {flag.id for flag in cell.flags} for cell in second.cells)
+    assert [cell.metrics for cell in second.cells] == [cell.metrics for cell in first.cells]
+    for again in (thorough, quick):
+        assert run_audit(again, tmp_path / "out") == second
+    assert len(calls) == 1

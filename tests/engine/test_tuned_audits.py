@@ -403,7 +403,7 @@ def test_a_finished_audit_is_served_only_for_the_victims_it_was_of(
         batch_size=16,
     )
     save_head(other, path)
-    with pytest.raises(RunError, match=r"the weights, code or heads of python:project:tiny.*changed"):
+    with pytest.raises(RunError, match=r"the weights, code, heads or defenses of python:project:tiny.*changed"):
         audit(config, tmp_path / "out")
 
 

@@ -191,7 +191,7 @@ def _victim(name: str, victim: Victim, infos: Mapping[tuple[str, str], DefenseIn
                     defense,
                     percent(float(entry.clean.mean())),
                     *(percent(s) for s in shares),
-                    f"**{figure(_measure(entry.worst))}**",
+                    figure(_measure(entry.worst)),
                     time,
                 )
             )
@@ -267,7 +267,7 @@ def _missing(victims: Mapping[str, Victim]) -> str:
             lacks.append(f"{text}: nothing was run")
             continue
         defenses = {d for d, _ in victims[name]}
-        missing = [d for d in ("raw_isp", "tvm", "jpeg", "mvg") if d not in defenses]
+        missing = [d for d in ("raw_isp", "tvm", "jpeg", "resize_pad", "crop_ensemble", "mvg") if d not in defenses]
         if missing:
             lacks.append(f"{text}: {', '.join(missing)}")
         unclimbed = [d for d, eps in victims[name] if eps == MIDDLE and "black box" not in victims[name][d, eps].stands]

@@ -121,6 +121,8 @@ def configs(part: str, device: str, victims: list[str], *, full: bool = False) -
             "defense": known,
             "eps": list(BUDGETS["digits" if full else name]),
         }
+        if part == "tvm" and not full:
+            values["eps"] = ["4/255"]  # 32 solver steps a look, and 20 looks to judge
         yield name, AuditConfig.model_validate(values)
 
 

@@ -1,6 +1,6 @@
 """Every defence against the whole ladder of attackers: docs/results/defenses.md.
 
-    python benchmarks/defenses.py --work DIR [--part rivals|tvm|raw_isp|last_rungs|throughput] [--only NAME] [--write]
+    python benchmarks/defenses.py --work DIR [--part NAME] [--only NAME] [--write]
 
 Every run is an audit into a folder under DIR, so a killed one goes on where it stopped; `--write` makes the page from
 what is there. Everything comes from Python packages.
@@ -23,9 +23,11 @@ from advencoder import Says
 from robustbench_x.config import AuditConfig
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine import run_audit
+from robustbench_x.engine.fit import FitRequest, fit_plugin
 from robustbench_x.engine.run import resolve_device
 from robustbench_x.engine.supply import find_defense
 from robustbench_x.registry import load_registry
+from robustbench_x.threat import ThreatModel
 
 VICTIMS: dict[str, dict[str, Any]] = {
     "photos": {"encoder": "packaged:efficientnet_lite0", "head": "native", "data": "packaged:photos"},
@@ -69,7 +71,14 @@ LAST: tuple[dict[str, Any], ...] = (
     {"name": "random_search", "queries": 50},
 )
 """The rungs that ask most of a processor: universal through the defence, and black box; at 4/255 alone."""
-PARTS = (*GROUPS, "last_rungs", "throughput")
+HARDENED: dict[str, tuple[str, dict[str, Any]]] = {
+    "pruning 0.3": ("pruning", {"amount": 0.3}),
+    "pruning 0.7": ("pruning", {"amount": 0.7}),
+    "fare": ("fare", {}),
+    "tecoa": ("tecoa", {}),
+}
+"""AdvEncoder's defences that change the encoder: of its user, and of its provider (adversarial training)."""
+PARTS = (*GROUPS, "last_rungs", "hardened", "throughput")
 
 
 def main() -> None:
@@ -86,6 +95,11 @@ def main() -> None:
     for part in parts:
         if part == "throughput":
             throughput(given.work / "throughput.json", given.device)
+            continue
+        if part == "hardened":
+            for name, config in hardened(given.work, given.device):
+                print(f"{part}: {name}", flush=True)
+                run_audit(config, given.work / "hardened" / name, command=" ".join(sys.argv), progress=Says())
             continue
         for name, config in configs(part, given.device, given.only or list(VICTIMS), full=given.full):
             print(f"{part}: {name}", flush=True)
@@ -124,6 +138,30 @@ def configs(part: str, device: str, victims: list[str], *, full: bool = False) -
         if part == "tvm" and not full:
             values["eps"] = ["4/255"]  # 32 solver steps a look, and 20 looks to judge
         yield name, AuditConfig.model_validate(values)
+
+
+def hardened(work: Path, device: str) -> Iterator[tuple[str, AuditConfig]]:
+    """Audits of encoders that were pruned or trained adversarially, and of the original, at 4/255 on digits."""
+    plain = VICTIMS["digits"]["encoder"]
+    made = {"original": plain}
+    for name, (plugin, params) in HARDENED.items():
+        out = work / "hardened" / f"{name.replace(' ', '-')}.safetensors"
+        eps = 0.0 if plugin == "pruning" else 4 / 255
+        request = FitRequest(
+            plugin=plugin, encoder=plain, threat=ThreatModel(eps=eps), out=out, params=params, device=device
+        )
+        fit_plugin(request, load_registry(), Says())
+        made[name] = f"hardened:{out}"
+    carried = {"name": "uap", "steps": 30, "batch": 8}
+    for name, encoder in made.items():
+        target = {**VICTIMS["digits"], "encoder": encoder}
+        # What was learned of the public encoder before it was changed, and what is learned of it now.
+        universal = [
+            carried,
+            *([] if name == "original" else [{**carried, "label": "uap, original", "fit_encoder": plain}]),
+        ]
+        values = {"target": [target], "samples": SAMPLES["digits"], "device": device, "eps": ["4/255"], "seed": 0}
+        yield name, AuditConfig.model_validate({**values, "attack": [*GRADIENTS, *universal]})
 
 
 def _detects(entry: dict[str, Any]) -> bool:

@@ -188,7 +188,7 @@ def throughput(path: Path, asked: str) -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 best[name] = min(best[name], (time.perf_counter() - started) / batch)
-        rows.append({"encoder": source, "size": list(encoder.input_size), **best})
+        rows.append({"source": source, "size": list(encoder.input_size), **best})
     path.parent.mkdir(parents=True, exist_ok=True)
     note = {"device": str(device), "threads": torch.get_num_threads(), "rows": rows}
     path.write_text(json.dumps(note, indent=2), encoding="utf-8")

@@ -24,6 +24,8 @@ VICTIMS = {
 BLACK_BOX = ("square", "random_search")
 MIDDLE = 4 / 255
 POINTS = 0.03
+ALPHA = 0.05
+RIVALS = ("jpeg", "jpeg_random", "bit_depth", "tvm")
 _Robust = np.ndarray
 
 
@@ -159,21 +161,29 @@ def _raw(victims: Mapping[str, Victim]) -> list[str]:
         text = f"- raw_isp on {name}: clean accuracy {percent(float(raw.clean.mean()))} against "
         text += f"{percent(float(bare.clean.mean()))} undefended ({kept} 3 points)"
         compared = []
-        for rival in ("jpeg", "bit_depth", "tvm"):
+        for rival in RIVALS:
             entry = victim.get((rival, MIDDLE))
             theirs = None if entry is None else entry.share("oblivious")
             if entry is None or theirs is None or own is None or theirs.value is None or own.value is None:
                 continue
-            word = "ahead of" if own.value > theirs.value else "level with" if own.value == theirs.value else "behind"
             mine = np.logical_and.reduce(raw.stands["oblivious"])
             other = np.logical_and.reduce(entry.stands["oblivious"])
             chance = mcnemar_exact(int((mine & ~other).sum()), int((other & ~mine).sum()))
-            compared.append(f"{word} {rival} ({percent(theirs.value)}, p = {chance:.2f})")
+            word = "level with" if chance >= ALPHA else "ahead of" if own.value > theirs.value else "behind"
+            compared.append(f"{word} {rival} ({percent(theirs.value)}, {_chance(chance)})")
+        absent = [rival for rival in RIVALS if (rival, MIDDLE) not in victim]
+        if absent:
+            compared.append(f"not compared with {', '.join(absent)}")
         full = raw.share("full")
         text += f"; oblivious {percent(None if own is None else own.value)}: {', '.join(compared) or 'no rival run'}"
         text += f"; full gradient {percent(None if full is None else full.value)}"
         lines.append(text)
     return lines
+
+
+def _chance(p: float) -> str:
+    """A p-value of the exact paired test; `level with` stands for no difference that chance does not explain."""
+    return "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
 
 
 def _victim(name: str, victim: Victim, infos: Mapping[tuple[str, str], DefenseInfo]) -> str:
@@ -273,7 +283,7 @@ def _findings(reports: Mapping[str, Report]) -> str:
                 rows[f.level, f.id] = rows.get((f.level, f.id), 0) + 1
     if not rows:
         return ""
-    listed = [(level, f"[{kind}](../findings.md#{kind})", str(n)) for (level, kind), n in sorted(rows.items())]
+    listed = [(level, kind, str(n)) for (level, kind), n in sorted(rows.items())]
     return "## What the checks say of these runs\n\n" + table(("level", "finding", "times"), listed)
 
 
@@ -281,10 +291,12 @@ def _reading() -> str:
     return """## How to read this
 
 Every figure is robust accuracy (correct on the clean and on the adversarial image, of all images), against all attacks
-of a rung together, sample by sample; `worst case` is over every rung and noise. `full` of the undefended row is the
-white-box attack; `time` is defence and encoder over the encoder's own, measured beside other work. A detector (`mvg`,
-`feature_squeezing`) refuses up to 5 % of clean images, which its clean accuracy counts as wrong; a refused adversarial
-image counts as robust. Attackers who know a detector evade it jointly; black-box and universal ones do not know it.
+of a rung together, sample by sample; `worst case` is over every rung that stands in the table, and noise. `ahead of`
+and `behind` mean an exact paired test below 0.05, `level with` that chance explains the difference. `full` of the
+undefended row is the white-box attack; `time` is defence and encoder over the encoder's own, measured beside other
+work. A detector (`mvg`, `feature_squeezing`) refuses about 5 % of clean images, which its clean accuracy counts as
+wrong; a refused adversarial image counts as robust. Attackers who know a detector evade it jointly; black-box and
+universal ones do not know it.
 """
 
 

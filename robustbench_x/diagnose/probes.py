@@ -16,7 +16,7 @@ from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import DefendedEncoder
 from robustbench_x.views import Perceive
 
-__all__ = ["probe_defense", "probe_gradient", "probe_loss", "probe_victim"]
+__all__ = ["probe_defense", "probe_detector", "probe_gradient", "probe_loss", "probe_victim"]
 
 _PASSES = 5
 _REPEAT_GAP = 1e-4
@@ -200,6 +200,31 @@ def probe_defense(images: Tensor, see: Perceive, *, others: bool) -> list[Findin
         return []
     text = f"its gradient keeps {norm:.2f} of the norm, with cosine {cosine:.2f}; {zero:.0%} of the pixels get none"
     return [finding("attenuated_gradient", text, figure=norm, level="note" if others else "warning")]
+
+
+def probe_detector(images: Tensor, victim: DefendedEncoder, threat: ThreatModel) -> list[Finding]:
+    """Whether a detector can be evaded by its gradient at all, and whether it answers an image always alike.
+
+    Args:
+        images: A few clean images.
+        victim: The encoder behind the detector.
+        threat: The budget; the probe point is random within it.
+    """
+
+    def see(pixels: Tensor) -> Tensor:
+        accepted = victim.acceptance(pixels)
+        return torch.stack([accepted, torch.zeros_like(accepted)], dim=1)
+
+    doubts = probe_gradient(images, see, threat, loss="margin", honest=True)
+    problems = [f"{doubt.id}: {doubt.message}" for doubt in doubts if doubt.id != "saturated_loss"]
+    with torch.no_grad():
+        first, again = victim.acceptance(images), victim.acceptance(images)
+        alone = torch.cat([victim.acceptance(image[None]) for image in images])
+    for words, other, limit in (("two passes", again, _REPEAT_GAP), ("alone and in a batch", alone, _BATCH_GAP)):
+        gap = float(((first - other).abs() / first.abs().clamp(min=1)).max())
+        if not gap <= limit:
+            problems.append(f"{words} differ by {gap:.2g}")
+    return [finding("masked_detector", "; ".join(problems))] if problems else []
 
 
 @torch.no_grad()

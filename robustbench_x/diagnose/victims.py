@@ -9,7 +9,16 @@ from robustbench_x.findings import finding
 from robustbench_x.plan import UNDEFENDED
 from robustbench_x.result import Finding, Level
 
-__all__ = ["RUNGS", "check_attackers", "check_budgets", "check_control", "check_draws", "check_transfer", "rungs_of"]
+__all__ = [
+    "RUNGS",
+    "check_attackers",
+    "check_budgets",
+    "check_control",
+    "check_draws",
+    "check_refusals",
+    "check_transfer",
+    "rungs_of",
+]
 
 RUNGS = ("oblivious", "transfer", "bpda", "bpda_learned", "full", "universal", "black box")
 """The ladder that a defence has to stand, from attackers who know least of it to those who know all."""
@@ -55,7 +64,8 @@ def rungs_of(record: CellRecord) -> tuple[str, ...]:
         return ("transfer",)
     if spec.fits:
         return ("universal",) if level in ("bpda", "bpda_learned", "full") else ("oblivious",)
-    return (level,)
+    # What an encoder-level attack does with a defence's gradient is no white-box attack on the victim behind it.
+    return (level,) if level == "oblivious" or spec.access == "whitebox" else ()
 
 
 def _wanted(attacks: Sequence[CellRecord]) -> tuple[str, ...]:
@@ -69,9 +79,10 @@ def _inverted(records: Sequence[CellRecord], where: str) -> list[Finding]:
     """Samples that fall to attackers who know less, and to none who follows the gradient of this very victim."""
     strong = [r for r in records if r.spec.access == "whitebox" and r.cell.knowledge in ("none", "full")]
     weak = [r for r in records if r not in strong and r.cell.knowledge not in ("bpda", "bpda_learned")]
-    if not strong or not weak or any(r.outcome.error.any() for r in strong):
+    if not strong or not weak:
         return []
-    correct = np.logical_and.reduce([r.outcome.clean_correct for r in strong])
+    # A sample that an attack with knowledge failed on is unknown, and tells nothing here.
+    correct = np.logical_and.reduce([r.outcome.clean_correct & ~r.outcome.error for r in strong])
     by_weak = np.logical_or.reduce([r.outcome.fooled for r in weak]) & correct
     by_strong = np.logical_or.reduce([r.outcome.fooled for r in strong])
     lost = int((by_weak & ~by_strong).sum())
@@ -112,6 +123,15 @@ def check_transfer(record: CellRecord, control: CellRecord) -> list[Finding]:
         return []
     text = f"{lost} of {int(won.sum())} images that fool the undefended victim do not fool this one"
     return [finding("transfer_failure", text, record.cell.id, figure=lost / int(won.sum()))]
+
+
+def check_refusals(record: CellRecord, rate: float, where: str) -> list[Finding]:
+    """Whether a detector refuses more clean images than it may: then it is safe for having refused to work."""
+    refused = record.metrics.get("refused_clean")
+    if refused is None or refused.value is None or refused.low is None or refused.low <= rate:
+        return []
+    text = f"{refused.value:.2f} of the clean images are refused, {rate:.2f} may be"
+    return [finding("over_refusal", text, where, figure=refused.value)]
 
 
 def check_budgets(groups: Sequence[Sequence[CellRecord]], where: str) -> list[Finding]:

@@ -16,6 +16,7 @@ from robustbench_x.diagnose import (
     check_control,
     check_draws,
     check_pair,
+    check_refusals,
     check_transfer,
     error_messages,
 )
@@ -94,6 +95,7 @@ def cell_findings(records: Assembled, config: AuditConfig, registry: Registry) -
         groups.setdefault(_victim(record.cell), []).append(record)
     for group in groups.values():
         label = _label(group[0].cell)
+        found += check_refusals(group[0], config.refuse_rate, label)
         found += check_attackers(group, label)
         found += check_draws(group, config.judge_draws, stochastic=group[0].cell.defense in random, where=label)
     found += _over_budgets(list(groups.values()))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from robustbench_x.diagnose import probe_defense, probe_gradient, probe_victim
+from robustbench_x.diagnose import probe_defense, probe_detector, probe_gradient, probe_victim
 from robustbench_x.engine.handout import attacker_sees
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import StageAtWork
@@ -69,6 +69,12 @@ def probe_stage(stage: StageAtWork, registry: Registry) -> list[Finding]:
         about = [c.id for craft in crafts for c in craft.cells if c.defense == title and c.knowledge == "full"]
         if about:
             found += guarded(f"{source} | {data} | {title}", about, lambda t=title: swallowed(t))  # type: ignore[misc]
+    for title, held in stage.shields.items():
+        about = [c.id for craft in crafts for c in craft.cells if c.defense == title]
+        if about and held is not None and held.spec.detects and threat is not None:
+            victim = stage.defended(title, next(iter(stage.heads)))
+            where = f"{source} | {data} | {title}"
+            found += guarded(where, about, lambda v=victim, t=threat: probe_detector(images, v, t))  # type: ignore[misc]
     views: dict[tuple[str, str, str | None], list[Craft]] = {}
     for craft in crafts:
         if registry.attacks[craft.attack.name].access in ("encoder", "whitebox") and craft.threat.radius > 0:

@@ -1,9 +1,11 @@
 """The defences of a stage, ready to deploy: trained where they learn, with a threshold where they detect."""
 
 import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +47,21 @@ def arm_shields(
         spec = registry.defenses[entry.name]
         built = spec.build(entry.params)
         if not spec.fits:
-            shields[entry.title] = Shield(spec=spec, defense=built)
+            shields[entry.title] = Shield(spec=spec, defense=built, learned=_digest(spec.reads(built)))
             continue
         found = supply.defense(spec, built, encoder, dataset)
         learned[entry.title] = found.artifact.info(found.origin)
         shields[entry.title] = _armed(spec, built, found, config, supply.device)
     return shields, learned
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """A digest of what a defence reads; empty for one that reads nothing. A missing file is the defence's to name."""
+    found = [path for path in files if path.is_file()]
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest() if found else ""
 
 
 def _armed(spec: DefenseSpec, built: Any, found: Supplied, config: AuditConfig, device: torch.device) -> Shield:

@@ -308,7 +308,8 @@ class _Harder:
             head=self.head,
             seen=self.defense,
             knowledge=knowledge,
-            exhaustive=False,
+            # Whoever leaves the batch would shift the draws of those who stay.
+            exhaustive=fresh,
             cells=(cell,),
         )
         work = AttackAtWork(craft=craft, spec=spec, attack=spec.build(params), surrogate=None)

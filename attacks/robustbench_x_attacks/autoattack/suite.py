@@ -123,6 +123,8 @@ class _Attempt:
     def result(self) -> Tensor:
         """The images, NaN where a logit or gradient was and nothing fools: never robust."""
         self.best.spoil()
+        if self._view.model.stochastic:
+            return self.best.images  # the widest margin of a single draw is luck
         lost = self.best.images.isnan().flatten(1).any(dim=1)
         held = (self.best.fooled | lost).view(-1, 1, 1, 1)
         return torch.where(held, self.best.images, self.widest.images)

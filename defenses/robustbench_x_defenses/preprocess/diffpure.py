@@ -175,12 +175,21 @@ def _load(kind: Any, weights: str, folder: str, **options: Any) -> Any:
     raise ConfigError(f"diffpure: weights={weights} cannot be loaded as a {kind.__name__}: {reason}") from problem
 
 
+def _model_files(weights: str) -> tuple[Path, ...]:
+    """The files of a local model, which decide what is purified; none for a name of the hub."""
+    folder = Path(weights).expanduser()
+    if not weights or not folder.is_dir():
+        return ()
+    return tuple(sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")))
+
+
 SPEC = DefenseSpec(
     name="diffpure",
     summary="noised, then purified by a diffusion model (needs weights)",
     factory=DiffPure,
     source="Nie et al. 2022, Diffusion Models for Adversarial Purification (ICML), arXiv 2205.07460",
     stochastic=True,
+    reads=lambda defense: _model_files(defense.weights),
     extra=("diffusers", "purification"),
     missing=lambda: importlib.util.find_spec("diffusers") is None,
 )

@@ -83,4 +83,5 @@ SPEC = DefenseSpec(
     summary="wavelet denoising, then x2 super-resolution (EDSR, or bicubic without weights) and back",
     factory=SuperResolution,
     source="Mustafa et al. 2019, Image Super-Resolution as a Defense (IEEE TIP 2020), arXiv 1901.01677",
+    reads=lambda defense: (Path(defense.weights).expanduser(),) if defense.weights else (),
 )

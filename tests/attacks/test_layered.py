@@ -415,6 +415,7 @@ def trained() -> ToyVictim:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         nn.init.normal_(top.weight, std=0.02)
+        nn.init.zeros_(top.bias)  # drawn outside, it would follow from whatever test ran before
         encoder.backbone.requires_grad_(True)
         optimizer = torch.optim.AdamW([*encoder.backbone.parameters(), *top.parameters()], lr=1e-3)
         low = 0

@@ -71,7 +71,7 @@ def write(page: Path, work: Path) -> None:
         _throughput(work / "throughput.json"),
         _findings(reports),
         _reading(),
-        _missing(victims),
+        _missing(victims, work),
     ]
     page.write_text("\n".join(filter(None, sections)), encoding="utf-8")
 
@@ -120,8 +120,8 @@ def _head(reports: Mapping[str, Report], victims: Mapping[str, Victim]) -> str:
 - Versions: {versions}, robustbench-x {first.run.robustbench_x}; weights of raw_isp: {", ".join(weights) or "none run"}
 - Seed {first.run.seed}; images: {counts}. One image is 4 to 8 points: the intervals say what a figure is worth
 - Attacks: noise, transfer (5 steps on the other encoder), PGD (10 steps), APGD-CE (10), EOT over 2 draws where the
-  defence is random; at 4/255 also a universal perturbation fitted through the defence (30 steps of 8
-  images), Square (200 queries) and random search (50). Random defences are judged on 20 fresh draws
+  defence is random; where a table has the columns, also a universal perturbation fitted through the defence (30 steps of
+  8 images), Square (200 queries) and random search (50). Random defences are judged on 20 fresh draws
 """
 
 
@@ -244,6 +244,8 @@ def _hardened(folder: Path) -> str:
                 figure(report.worst_case[0].robust_accuracy),
             )
         )
+    if not rows:
+        return ""
     header = (
         "encoder", "clean", "noise", "transfer", "universal, fitted on the original", "universal, fitted on it",
         "white-box PGD", "worst case",
@@ -300,7 +302,7 @@ universal ones do not know it.
 """
 
 
-def _missing(victims: Mapping[str, Victim]) -> str:
+def _missing(victims: Mapping[str, Victim], folder: Path) -> str:
     lacks: list[str] = []
     for name, text in VICTIMS.items():
         if name not in victims:
@@ -316,5 +318,7 @@ def _missing(victims: Mapping[str, Victim]) -> str:
         lone = {eps for _, eps in victims[name]}
         if len(lone) < 3:
             lacks.append(f"{text}: other budgets than {', '.join(map(format_eps, sorted(lone)))} (`--full`)")
+    if not any((folder / "hardened").glob("*/report.json")):
+        lacks.append("encoders that were pruned or trained adversarially (`--part hardened`)")
     lacks += ["diffpure: needs a diffusion model, and none ships in a package", "every GPU figure"]
     return "## Not measured\n\n" + "\n".join(f"- {line}" for line in lacks) + "\n"

@@ -120,8 +120,8 @@ def _head(reports: Mapping[str, Report], victims: Mapping[str, Victim]) -> str:
 - Versions: {versions}, robustbench-x {first.run.robustbench_x}; weights of raw_isp: {", ".join(weights) or "none run"}
 - Seed {first.run.seed}; images: {counts}. One image is 4 to 8 points: the intervals say what a figure is worth
 - Attacks: noise, transfer (5 steps on the other encoder), PGD (10 steps), APGD-CE (10), EOT over 2 draws where the
-  defence is random; where a table has the columns, also a universal perturbation fitted through the defence (30 steps of
-  8 images), Square (200 queries) and random search (50). Random defences are judged on 20 fresh draws
+  defence is random; where a table has the columns, also a universal perturbation fitted through the defence (30 steps
+  of 8 images), Square (200 queries) and random search (50). Random defences are judged on 20 fresh draws
 """
 
 
@@ -298,7 +298,8 @@ and `behind` mean an exact paired test below 0.05, `level with` that chance expl
 undefended row is the white-box attack; `time` is defence and encoder over the encoder's own, measured beside other
 work. A detector (`mvg`, `feature_squeezing`) refuses about 5 % of clean images, which its clean accuracy counts as
 wrong; a refused adversarial image counts as robust. Attackers who know a detector evade it jointly; black-box and
-universal ones do not know it.
+universal ones do not know it. Where the data has no training images (photographs) a detector is fitted on crops of other
+photographs, and `mvg` then refuses nearly everything: its row there is no robustness, and `over_refusal` now says so.
 """
 
 

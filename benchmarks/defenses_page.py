@@ -298,8 +298,9 @@ and `behind` mean an exact paired test below 0.05, `level with` that chance expl
 undefended row is the white-box attack; `time` is defence and encoder over the encoder's own, measured beside other
 work. A detector (`mvg`, `feature_squeezing`) refuses about 5 % of clean images, which its clean accuracy counts as
 wrong; a refused adversarial image counts as robust. Attackers who know a detector evade it jointly; black-box and
-universal ones do not know it. Where the data has no training images (photographs) a detector is fitted on crops of
-other photographs, and `mvg` then refuses nearly everything: its row there is no robustness, and `over_refusal` now says so.
+universal ones do not know it.
+Where the data has no training images (photographs) a detector is fitted on crops of other photographs, and `mvg` then
+refuses nearly everything: its row there is no robustness, and `over_refusal` now says so.
 """
 
 

@@ -262,7 +262,7 @@ def _throughput(path: Path) -> str:
     note = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         (
-            f"`{row['source']}`",
+            row["source"],
             f"{row['size'][0]} x {row['size'][1]}",
             f"{1 / row['raw_isp']:.1f}",
             f"{1 / row['encoder']:.1f}",

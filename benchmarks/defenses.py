@@ -2,6 +2,9 @@
 
     python benchmarks/defenses.py --work DIR [--part NAME] [--only NAME] [--write]
 
+A group of defences (`rivals`, `tvm`, `raw_isp`) is run as it is, then as NAME_more (the budgets that are left) and
+NAME_costly (the members that ask most of a processor, at 4/255).
+
 Every run is an audit into a folder under DIR, so a killed one goes on where it stopped; `--write` makes the page from
 what is there. Everything comes from Python packages.
 """
@@ -36,7 +39,7 @@ VICTIMS: dict[str, dict[str, Any]] = {
 }
 SAMPLES = {"photos": 20, "digits": 20, "dinov2": 8}
 BUDGETS = {"photos": ("4/255",), "digits": ("2/255", "4/255", "8/255"), "dinov2": ("4/255",)}
-"""All three where a processor is quick enough; `--full` runs them everywhere."""
+"""All three where a processor is quick enough; the rest is a part of its own."""
 RIVALS: tuple[dict[str, Any], ...] = (
     {"name": "jpeg"},
     {"name": "jpeg_random"},
@@ -50,7 +53,7 @@ RIVALS: tuple[dict[str, Any], ...] = (
     {"name": "feature_squeezing"},
 )
 COSTLY = ("jpeg_random", "super_resolution", "crop_ensemble", "resize_pad", "raw_isp, S alone", "raw_isp, G alone")
-"""Run on the cheapest victim alone."""
+"""Run with the others on the cheapest victim alone."""
 RAW: tuple[dict[str, Any], ...] = (
     {"name": "raw_isp"},
     {"name": "raw_isp", "label": "raw_isp, S alone", "omega": 0.0, "knowledge": ["oblivious", "full"]},
@@ -78,7 +81,16 @@ HARDENED: dict[str, tuple[str, dict[str, Any]]] = {
     "tecoa": ("tecoa", {}),
 }
 """AdvEncoder's defences that change the encoder: of its user, and of its provider (adversarial training)."""
-PARTS = (*GROUPS, "last_rungs", "hardened", "throughput")
+PARTS = (
+    *GROUPS,
+    "rivals_costly",
+    "raw_isp_costly",
+    "rivals_more",
+    "raw_isp_more",
+    "last_rungs",
+    "hardened",
+    "throughput",
+)
 
 
 def main() -> None:
@@ -86,7 +98,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--only", action="append", help="victims by name; all by default")
-    parser.add_argument("--full", action="store_true", help="every budget on every victim")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--write", action="store_true", help="write the page from what is there")
     parser.add_argument("--page", type=Path, default=Path("docs/results/defenses.md"))
@@ -101,14 +112,14 @@ def main() -> None:
                 print(f"{part}: {name}", flush=True)
                 run_audit(config, given.work / "hardened" / name, command=" ".join(sys.argv), progress=Says())
             continue
-        for name, config in configs(part, given.device, given.only or list(VICTIMS), full=given.full):
+        for name, config in configs(part, given.device, given.only or list(VICTIMS)):
             print(f"{part}: {name}", flush=True)
             run_audit(config, given.work / "runs" / f"{part}-{name}", command=" ".join(sys.argv), progress=Says())
     if given.write or not given.part:
         defenses_page.write(given.page, given.work)
 
 
-def configs(part: str, device: str, victims: list[str], *, full: bool = False) -> Iterator[tuple[str, AuditConfig]]:
+def configs(part: str, device: str, victims: list[str]) -> Iterator[tuple[str, AuditConfig]]:
     """The audits of one part, by name of the victim."""
     for name in victims:
         shared = {"target": [VICTIMS[name]], "samples": SAMPLES[name], "device": device, "seed": 0}
@@ -124,20 +135,33 @@ def configs(part: str, device: str, victims: list[str], *, full: bool = False) -
                 values = {**shared, "attack": list(LAST), "defense": known, "eps": ["4/255"]}
                 yield f"{group}-{name}", AuditConfig.model_validate(values)
             continue
+        entries, budgets = _asked(part, name)
+        if not entries or not budgets:
+            continue
         known = [
             entry if _detects(entry) else {"knowledge": ["oblivious", "bpda", "bpda_learned", "full"], **entry}
-            for entry in GROUPS[part]
-            if name == "digits" or entry.get("label", entry["name"]) not in COSTLY
+            for entry in entries
         ]
-        values = {
-            **shared,
-            "attack": list(GRADIENTS),
-            "defense": known,
-            "eps": list(BUDGETS["digits" if full else name]),
-        }
-        if part == "tvm" and not full:
-            values["eps"] = ["4/255"]  # 32 solver steps a look, and 20 looks to judge
-        yield name, AuditConfig.model_validate(values)
+        yield (
+            name,
+            AuditConfig.model_validate({**shared, "attack": list(GRADIENTS), "defense": known, "eps": list(budgets)}),
+        )
+
+
+def _asked(part: str, victim: str) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+    """The defences and the budgets of one part on one victim; none where an earlier part has them."""
+    quick = BUDGETS[victim] == BUDGETS["digits"]
+    group = part.removesuffix("_more").removesuffix("_costly")
+    entries = GROUPS[group]
+    dear = tuple(entry for entry in entries if entry.get("label", entry["name"]) in COSTLY)
+    cheap = tuple(entry for entry in entries if entry not in dear)
+    if part == "tvm":
+        return entries, ("4/255",)  # 32 solver steps a look, and 20 looks to judge
+    if part.endswith("_costly"):
+        return (() if quick else dear), ("4/255",)
+    if part.endswith("_more"):
+        return cheap, tuple(eps for eps in BUDGETS["digits"] if eps not in BUDGETS[victim])
+    return (entries if quick else cheap), BUDGETS[victim]
 
 
 def hardened(work: Path, device: str) -> Iterator[tuple[str, AuditConfig]]:

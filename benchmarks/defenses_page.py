@@ -319,7 +319,7 @@ def _missing(victims: Mapping[str, Victim], folder: Path) -> str:
             lacks.append(f"{text}: universal and black box of {', '.join(sorted(unclimbed))}")
         lone = {eps for _, eps in victims[name]}
         if len(lone) < 3:
-            lacks.append(f"{text}: other budgets than {', '.join(map(format_eps, sorted(lone)))} (`--full`)")
+            lacks.append(f"{text}: other budgets than {', '.join(map(format_eps, sorted(lone)))}")
     if not any((folder / "hardened").glob("*/report.json")):
         lacks.append("encoders that were pruned or trained adversarially (`--part hardened`)")
     lacks += ["diffpure: needs a diffusion model, and none ships in a package", "every GPU figure"]

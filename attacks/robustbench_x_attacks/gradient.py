@@ -9,7 +9,6 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from robustbench_x.errors import AttackError
 from robustbench_x.plugin import AttackSpec, param
 from robustbench_x.views import WhiteboxView
 from robustbench_x_attacks import losses
@@ -104,8 +103,8 @@ class APGDCE:
 class APGDT:
     """Targeted Auto-PGD (Croce & Hein 2020): one walk toward each of the likeliest wrong classes.
 
-    Targets are the `targets` highest other logits on the clean image. Departures as for `APGDCE`. With the DLR
-    loss it needs four classes; `loss=ce` needs two.
+    Targets are the `targets` highest other logits on the clean image. Departures as for `APGDCE`. The DLR loss divides
+    by what the fourth logit helps to make; below four classes its numerator alone is ascended, a choice of ours.
     """
 
     steps: int = param(50, "gradient steps per target (AutoAttack uses 100)")
@@ -121,17 +120,15 @@ class APGDT:
         """Adversarial images; access `whitebox`."""
         if view.threat.radius == 0:
             return view.inputs.clone()
-        if self.loss == "dlr" and view.num_classes < 4:
-            raise AttackError(
-                f"apgd_t with the DLR loss needs 4 classes, the head has {view.num_classes}: use apgd_ce or loss=ce"
-            )
         with torch.no_grad():
             logits = view.model(view.inputs)
         others = logits.scatter(1, view.labels[:, None], -torch.inf)
         order = others.topk(min(self.targets, view.num_classes - 1), dim=1).indices
+        plain = self.loss == "dlr" and view.num_classes < 4
+        loss = losses.lead if plain else _TARGET_LOSSES[self.loss]
         best = Best(view.inputs)
         for column in range(order.shape[1]):
-            objective = _towards(view, order[:, column], _TARGET_LOSSES[self.loss])
+            objective = _towards(view, order[:, column], loss)
             best = ascend(
                 view,
                 objective,

@@ -23,6 +23,7 @@ __all__ = [
     "feature_cosine",
     "feature_l2",
     "feature_maps",
+    "lead",
     "margin",
 ]
 
@@ -70,6 +71,12 @@ def dlr_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None]).squeeze(1)
     wanted = logits.gather(1, targets[:, None]).squeeze(1)
     return (wanted - own) / gap.clamp(min=1e-12)
+
+
+def lead(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit minus the label's, `(N,)`: what `dlr_targeted` divides, for any number of classes."""
+    pair = logits.gather(1, torch.stack([targets, labels], dim=1))
+    return pair[:, 0] - pair[:, 1]
 
 
 def feature_cosine(features: Tensor, clean: Tensor) -> Tensor:

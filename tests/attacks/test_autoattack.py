@@ -53,7 +53,7 @@ def _view(
     }
     if SPECS[name].access == "whitebox":
         return WhiteboxView(**shared, model=ModelHandle(logits, meter, stochastic=stochastic))
-    return QueryView(**shared, query=Query(logits, meter, answer="scores", cap=cap))
+    return QueryView(**shared, query=Query(logits, meter, answer="scores", cap=cap, stochastic=stochastic))
 
 
 def _attack(
@@ -539,6 +539,42 @@ def test_a_random_victim_gets_the_version_for_it() -> None:
         view = _view("autoattack", _constant(3), images, labels, threat, meter, classes=3, stochastic=True)
         SPECS["autoattack"].build({"steps": 4, "eot": 3, "queries": 2, "version": version}).run(view)
         assert meter.backwards == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("square", {"queries": 4000}), ("random_search", {"queries": 4000}), ("fab_t", {"steps": 20})]
+)
+def test_a_lucky_draw_of_a_random_victim_is_no_success(name: str, params: dict[str, Any]) -> None:
+    """The victim is wrong by chance on one look in forty wherever the image is, and mostly wrong in one corner."""
+    images, labels = torch.full((6, 3, 8, 8), 0.5), torch.zeros(6, dtype=torch.long)
+    threat, generator = ThreatModel(eps=0.1), torch.Generator().manual_seed(0)
+    coarse = torch.where(torch.rand(3, 2, 2, generator=generator) < 0.5, -1.0, 1.0)
+    weight = F.interpolate(coarse[None], (8, 8))[0]
+
+    def truth(x: Tensor) -> Tensor:
+        return -1.0 + 4.0 * ((x - 0.5) * weight).mean(dim=(1, 2, 3)) / threat.eps
+
+    def logits(x: Tensor) -> Tensor:
+        noise = 0.5 * torch.randn(len(x), generator=generator)
+        return torch.stack([torch.zeros(len(x)), truth(x) + noise], dim=1)
+
+    view = _view(name, logits, images, labels, threat, Meter(), classes=2, stochastic=True)
+    made = threat.project(SPECS[name].build(params).run(view), images)
+    assert (truth(made) > 0).float().mean() > 0.8
+
+
+def test_a_random_victim_costs_no_more_queries_than_allowed() -> None:
+    images, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(x: Tensor) -> Tensor:
+        return torch.randn(len(x), 3, generator=generator) - torch.tensor([0.0, 9.0, 9.0])
+
+    for name in BLACK_BOX:
+        meter = Meter()
+        view = _view(name, logits, images, labels, ThreatModel(eps=0.1), meter, classes=3, cap=400, stochastic=True)
+        SPECS[name].build({"queries": 5000}).run(view)
+        assert 40 < meter.forwards <= 400
 
 
 def test_targets_are_the_likeliest_wrong_classes() -> None:

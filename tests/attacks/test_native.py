@@ -159,10 +159,23 @@ def test_apgd_checkpoints_are_those_of_the_paper() -> None:
     assert all(got[b] == b - a for a, b in zip(sorted(got), sorted(got)[1:], strict=False))
 
 
-def test_apgd_t_refuses_too_few_classes_by_name() -> None:
-    victim, _ = linear_victim()
-    with pytest.raises(AttackError, match="needs 4 classes, the head has 2: use apgd_ce"):
-        _attack(REGISTRY.attacks["apgd_t"], victim, ThreatModel(eps=0.1))
+def test_apgd_t_works_on_two_and_three_classes() -> None:
+    two, _ = linear_victim()
+    for victim in (two, toy_victim(num_classes=3)):
+        threat = ThreatModel(eps=16 / 255)
+        fooled = []
+        for name in ("pgd", "apgd_t"):
+            images = _attack(REGISTRY.attacks[name], victim, threat)
+            with torch.no_grad():
+                fooled.append(int((victim.logits(images).argmax(dim=1) != victim.labels).sum()))
+        assert fooled[1] >= fooled[0] > 0
+
+
+def test_the_lead_is_what_the_targeted_dlr_loss_divides() -> None:
+    logits, labels, targets = _logits()
+    ordered = logits.sort(dim=1, descending=True).values
+    gap = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+    assert torch.allclose(losses.lead(logits, labels, targets) / gap, losses.dlr_targeted(logits, labels, targets))
 
 
 def _logits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

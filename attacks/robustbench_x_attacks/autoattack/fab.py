@@ -10,6 +10,7 @@ from robustbench_x.plugin import AttackSpec, param
 from robustbench_x.threat import ThreatModel
 from robustbench_x.views import WhiteboxView
 from robustbench_x_attacks import losses
+from robustbench_x_attacks.autoattack.asking import confirmed
 from robustbench_x_attacks.autoattack.projection import to_hyperplane
 
 __all__ = ["FABT", "SPEC", "BoundaryWalk", "Record", "likeliest_wrong"]
@@ -77,6 +78,8 @@ class BoundaryWalk:
             logits = view.model(moved)
         record.breaks(index, ~logits.isfinite().all(dim=1))
         margin = losses.margin(logits, labels)
+        if view.model.stochastic:
+            margin, _ = confirmed(margin, margin > 0, view.model, moved, labels)
         crossed = margin > 0
         record.take(index[crossed], moved[crossed], margin[crossed])
         return torch.where(_wide(crossed), (clean + self.beta * (moved - clean)).clamp(0, 1), moved)
@@ -109,7 +112,8 @@ class FABT:
     inside the box, and pulls back what is misclassified. The misclassified image nearest to the clean one is
     returned; the harness projects it. Departures: the nearest over all classes is kept, where there the first inside
     the budget is; unless exhaustive images are asked for, a sample leaves as soon as it is fooled inside the budget
-    by a safe margin; a sample that nothing fools returns its last iterate. One draw judges a random victim.
+    by a safe margin; a sample that nothing fools returns its last iterate. A random
+    victim must be fooled on the mean of fresh draws.
     """
 
     steps: int = param(100, "steps per target, a gradient and two forwards each")

@@ -1,5 +1,6 @@
 """A control for attacks that claim to search: blind draws from the corners of the budget."""
 
+import itertools
 from dataclasses import dataclass
 from typing import final
 
@@ -26,7 +27,8 @@ class RandomSearch:
     beat an attack that follows gradients. There 10,000 draws of Gaussian noise an image; here corners of the budget,
     which are larger changes, half of them of low frequency, which networks hear better. In the Euclidean norm
     the signs are scaled to the sphere, in a patch they are black and white. A sample leaves once it is fooled by a
-    safe margin unless exhaustive images are asked for.
+    safe margin unless exhaustive images are asked for. A random victim is asked again where a draw looks better, as by
+    `square`.
     """
 
     queries: int = param(200, "draws per sample, fewer where the queries are capped below")
@@ -40,11 +42,13 @@ class RandomSearch:
         if view.threat.radius == 0:
             return view.inputs.clone()
         asking = Asking(view, view.query, Best(view.inputs))
-        for query in range(affordable(view, self.queries)):
+        queries = affordable(view, self.queries)
+        for number in itertools.count():
             index = asking.best.pending(exhaustive=view.exhaustive)
+            index = index[asking.affords(index, queries)]
             if not len(index):
                 break
-            asking(index, _draw(view, index, _GRIDS[query % len(_GRIDS)]))
+            asking(index, _draw(view, index, _GRIDS[number % len(_GRIDS)]))
         asking.best.spoil()
         return asking.best.images
 

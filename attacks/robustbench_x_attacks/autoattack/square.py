@@ -33,7 +33,8 @@ class Square:
     shares one among the batch; windows may touch the last row and column; a linf window that would change nothing
     gets the opposite signs; the start counts as a query; the l2 window takes over the freed mass per channel as in
     the paper. A cap on queries is shared evenly and the schedule fitted to it. A sample leaves once it is fooled
-    by a safe margin unless exhaustive images are asked for; one that resists returns its worst image.
+    by a safe margin unless exhaustive images are asked for; one that resists returns its worst image. Of a random
+    victim a candidate that looks better is asked about again, and judged by the mean, out of the same queries.
     """
 
     queries: int = param(5000, "queries per sample, fewer where they are capped below")
@@ -68,22 +69,22 @@ def hunt(asking: Asking, *, queries: int, p_init: float, exhaustive: bool) -> No
     start = _tiles if view.threat.norm == "l2" else _stripes
     clean = view.inputs[index]
     images = view.threat.project(start(clean, view.threat, view.random, index), clean)
-    if queries < 1:
+    if not asking.affords(index, queries).all():
         asking.best.settle(index, images)
         return
-    margin = asking(index, images)
-    for query in range(1, queries):
-        if not exhaustive and (leaving := asking.best.done(index)).any():
-            index, clean, images, margin = index[~leaving], clean[~leaving], images[~leaving], margin[~leaving]
+    asking(index, images)
+    while True:
+        staying = asking.affords(index, queries)
+        if not exhaustive:
+            staying &= ~asking.best.done(index)
+        if not staying.all():
+            index, clean, images = index[staying], clean[staying], images[staying]
             if not len(index):
                 return
-        area = share(query - 1, queries, p_init) * clean[0, 0].numel()
+        area = share(int(asking.spent[index].min()) - 1, queries, p_init) * clean[0, 0].numel()
         draws = view.random.uniform((5 + clean.shape[1],), index)
         candidates = squares(images, clean, view.threat, area, draws)
-        found = asking(index, candidates)
-        better = found > margin
-        images = torch.where(_wide(better), candidates, images)
-        margin = torch.where(better, found, margin)
+        images = torch.where(_wide(asking(index, candidates)), candidates, images)
 
 
 def share(iteration: int, queries: int, p_init: float = 0.8) -> float:

@@ -173,8 +173,7 @@ def _toward(targets: Tensor, *, rescaled: bool) -> Score:
         aims = targets[index]
         if rescaled:
             return losses.dlr_targeted(logits, labels, aims)
-        pair = logits.gather(1, torch.stack([aims, labels], dim=1))
-        return pair[:, 0] - pair[:, 1]
+        return losses.lead(logits, labels, aims)
 
     return score
 

@@ -24,6 +24,7 @@ _OPTIONAL = (
     ("torchattacks", "torchattacks", "torchattacks", "torchattacks:NAME"),
     ("peft", "peft", "tuning", "head lora"),
     ("diffusers", "diffusers", "purification", "defense diffpure"),
+    ("lightning_fabric", "lightning-fabric", "scale", "rbx fit under torchrun"),
 )
 
 

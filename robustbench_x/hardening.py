@@ -12,7 +12,7 @@ from robustbench_x.config import parse_value
 from robustbench_x.errors import ConfigError, PluginError
 from robustbench_x.plugin import AttackSpec, Spec, Trainer, check_common
 from robustbench_x.threat import ThreatModel
-from robustbench_x.views import EncoderHandle, ImagePool
+from robustbench_x.views import EncoderHandle, Images
 
 __all__ = [
     "AttackedHardening",
@@ -50,7 +50,7 @@ class HardenView:
     student: EncoderHandle
     backbone: nn.Module
     teacher: EncoderHandle
-    surrogate: ImagePool
+    surrogate: Images
     threat: ThreatModel
     seed: int
     device: torch.device

@@ -66,7 +66,7 @@ def merge_runs(runs: Sequence[Path], out: Path, registry: Registry, *, command: 
     report = make_report(evidence, run, plan, config, registry)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        write_results(report, evidence.rows, config, out)
+        write_results(report, evidence.rows, out)
         for fit in {fit.sha256: fit for fit in evidence.fits.values()}.values():
             target = artifact_path(out, fit)
             target.parent.mkdir(exist_ok=True)
@@ -132,8 +132,8 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
         for mine, theirs in zip(report.proofs, reports[0].proofs, strict=True):
             if not same_answers(theirs, mine):
                 raise UsageError(
-                    f"{run} and {runs[0]} are no shards of one audit: the code or the heads of {mine.encoder} changed "
-                    "between them"
+                    f"{run} and {runs[0]} are no shards of one audit: the code, heads or defenses of {mine.encoder} "
+                    "changed between them"
                 )
 
 

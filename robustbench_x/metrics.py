@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from robustbench_x.imagetext.metrics import CAPTIONING_METRICS, ENTAILMENT_METRICS, IMAGE_TEXT_METRICS, Pairing, Spoken
 from robustbench_x.stats import Interval, bounded_mean, wilson
 
 __all__ = ["METRICS", "RECALLS", "MetricInfo", "Outcome", "compute", "most_frequent", "worst_case"]
@@ -55,6 +56,13 @@ def _retrieval(name: str, text: str) -> MetricInfo:
     return MetricInfo(name=name, higher_is_better=True, is_rate=True, help=text, task="retrieval")
 
 
+def _of_texts(task: str, described: Mapping[str, tuple[str, bool]]) -> tuple[MetricInfo, ...]:
+    return tuple(
+        MetricInfo(name=name, higher_is_better=not name.startswith("target_"), is_rate=is_rate, help=text, task=task)
+        for name, (text, is_rate) in described.items()
+    )
+
+
 RECALLS = (1, 10)
 """Ranks at which recall is reported."""
 
@@ -73,6 +81,9 @@ METRICS: dict[str, MetricInfo] = _table(
     _retrieval("recall@1", "attacked queries whose first item is relevant"),
     _retrieval("clean_recall@10", "clean queries with a relevant item among the first 10"),
     _retrieval("recall@10", "attacked queries with a relevant item among the first 10"),
+    *_of_texts("image_text", IMAGE_TEXT_METRICS),
+    *_of_texts("entailment", ENTAILMENT_METRICS),
+    *_of_texts("captioning", CAPTIONING_METRICS),
     _detector(
         "refused_clean",
         False,
@@ -102,7 +113,8 @@ class Outcome:
     in [0, 1] units, `seconds` and the passes are per sample. `target` is -1 where the attack had none. `retrieval`
     holds `clean_ap`, `adv_ap`, `clean_rank` and `adv_rank` where the head ranks a gallery (see `heads.base.Ranking`).
     `acceptance` holds `clean_acceptance`, `adv_acceptance` and `adv8_acceptance` behind a detector, which refuses an
-    image below 0: a refused clean image is not correct, and a refused adversarial one fools nobody.
+    image below 0: a refused clean image is not correct, and a refused adversarial one fools nobody. `pairing` holds the
+    scores of every caption where the head ranks captions, `spoken` the words of a victim that describes images.
 
     Raises:
         ValueError: Lengths differ, or a judged row lacks a label or a prediction.
@@ -123,10 +135,12 @@ class Outcome:
     target: IntArray
     retrieval: Mapping[str, FloatArray] | None = None
     acceptance: Mapping[str, FloatArray] | None = None
+    pairing: Pairing | None = None
+    spoken: Spoken | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name in ("retrieval", "acceptance"):
+            if field.name in ("retrieval", "acceptance", "pairing", "spoken"):
                 continue
             shape = getattr(self, field.name).shape
             if shape != (len(self.label),):
@@ -171,8 +185,8 @@ class Outcome:
 def compute(outcome: Outcome) -> dict[str, Interval]:
     """The metrics of one cell, in the order of `METRICS`.
 
-    `targeted_success` is absent when no sample has a target, the retrieval metrics where nothing was ranked, and the
-    detector's where nothing could be refused.
+    `targeted_success` is absent when no sample has a target, the retrieval metrics where nothing was ranked, those of
+    captions where the head ranks none, and the detector's where nothing could be refused.
     Without a single judged row every value is None.
     """
     judged, correct = outcome.judged, outcome.clean_correct
@@ -193,6 +207,8 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
     return {
         **rates,
         **(_retrieval_metrics(outcome.retrieval, judged) if outcome.retrieval else {}),
+        **(outcome.pairing.metrics(outcome.label, outcome.target, judged) if outcome.pairing else {}),
+        **(outcome.spoken.metrics(judged) if outcome.spoken else {}),
         **(_detector_metrics(outcome) if outcome.acceptance else {}),
         "feature_cosine": _mean_of(outcome.feature_cosine[judged]),
         "linf_max": _max_of(outcome.linf[judged]),

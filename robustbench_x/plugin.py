@@ -227,6 +227,9 @@ class AttackSpec(Spec):
         shipped: A folder of artefacts that come with the plugin, found by the encoder's digest.
         partners: Sources of the further public encoders that a built attack is fitted on, or runs on.
         joint: Evades a detector when it is handed one (`WhiteboxView.detector`); others can only be oblivious of it.
+        aims: Is handed a target image per sample, chosen by the harness (`EncoderView.targets`), and is judged by
+            `targeted_success` too; goes with access `encoder` and goal `targeted`.
+        scales: Its training shares the batch among the processes of `FitView.world`; others train in one.
     """
 
     access: Access
@@ -240,6 +243,8 @@ class AttackSpec(Spec):
     shipped: Path | None = None
     partners: Callable[[Any], tuple[str, ...]] = _no_partners
     joint: bool = False
+    aims: bool = False
+    scales: bool = False
 
     @property
     def partners_run(self) -> bool:
@@ -295,6 +300,8 @@ def check_spec(spec: AttackSpec | DefenseSpec) -> None:
         _check_choices(where, "goal", (spec.goal,), ("untargeted", "targeted"))
         if spec.fits and (spec.access != "encoder" or not issubclass(spec.factory, Fitted)):  # type: ignore[arg-type]
             raise PluginError(f"{where}: an attack that is fitted has access encoder and derives from Fitted")
+        if spec.aims and (spec.access, spec.goal) != ("encoder", "targeted"):
+            raise PluginError(f"{where}: an attack that aims has access encoder and goal targeted")
         return
     where = f"defence '{spec.name}'"
     if spec.name == "noise":

@@ -99,8 +99,9 @@ class Provenance(_Stored):
     """How an artefact was trained: on what, with what, for how long, to which losses.
 
     `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step; `key`
-    digests everything that decides the training, the code of its plugins included. `inner` tells a hardened encoder
-    from what an attack learned; its name is `none` for a hardening without an attack.
+    digests everything that decides the training, its plugins' code included. `inner` tells a hardened encoder from what
+    an attack learned; its name is `none` for a hardening without an attack. The digest of images that were `streamed`
+    is over their files; `surrogate_unreadable` counts those left out, or replaced by their neighbours.
     """
 
     plugin: str
@@ -129,6 +130,9 @@ class Provenance(_Stored):
     packages: dict[str, str]
     key: str = ""
     inner: InnerAttack | None = None
+    streamed: bool = False
+    surrogate_unreadable: int = 0
+    processes: int = 1
 
 
 class LayerDamage(_Stored):
@@ -287,7 +291,8 @@ class StageProof(_Stored):
     `images` digests the ids, labels and pixels of the evaluated samples; `answers` holds, for each head, what the
     victim makes of two fixed images, which shows changed code or heads where a digest of weights does not. `tuned` has
     the digest of every head's own encoder: one that was tuned again may answer alike and still be another victim.
-    `defenses` has the digest of what each defence had learned.
+    `defenses` has the digest of what each defence had learned, `shields` what each makes of these images (null in a run
+    from before that was asked), and `drawn` the kind of device that each random one drew on.
     """
 
     encoder: str
@@ -297,6 +302,8 @@ class StageProof(_Stored):
     answers: dict[str, tuple[float, ...]]
     tuned: dict[str, str] = {}
     defenses: dict[str, str] = {}
+    shields: dict[str, dict[str, tuple[float, ...]]] | None = None
+    drawn: dict[str, str] = {}
 
 
 class RunInfo(_Stored):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from robustbench_x.errors import RunError, UsageError
 
-__all__ = ["ACCEPTED", "RANKED", "ROWS", "RunFolder", "write_atomically"]
+__all__ = ["ACCEPTED", "RANKED", "ROWS", "SAID", "SCORED", "RunFolder", "write_atomically"]
 
 ROWS = pa.schema(
     [
@@ -36,6 +36,7 @@ ROWS = pa.schema(
         ("clean_pred", pa.int64()),
         ("adv_pred", pa.int64()),
         ("adv8_pred", pa.int64()),
+        ("target", pa.int64()),
         ("clean_correct", pa.bool_()),
         ("fooled", pa.bool_()),
         ("flipped", pa.bool_()),
@@ -51,6 +52,12 @@ ROWS = pa.schema(
         ("clean_acceptance", pa.float64()),
         ("adv_acceptance", pa.float64()),
         ("adv8_acceptance", pa.float64()),
+        ("clean_scores", pa.list_(pa.list_(pa.float32()))),
+        ("adv_scores", pa.list_(pa.list_(pa.float32()))),
+        ("clean_text", pa.string()),
+        ("adv_text", pa.string()),
+        ("own_texts", pa.list_(pa.string())),
+        ("target_texts", pa.list_(pa.string())),
         ("seen_fooled", pa.bool_()),
         ("late_gain", pa.float64()),
         ("overrun", pa.float64()),
@@ -66,6 +73,9 @@ rows. `margin` is the true class's logit minus the largest other on the adversar
 candidate lay outside its budget before projection. `clean_ap`, `adv_ap` (average precision of the first 10) and
 `clean_rank`, `adv_rank` (place of the first relevant item) are null where the head ranks nothing. An acceptance is how
 clearly a detector accepts the image, in spreads of the clean scores: below 0 it is refused; null behind no detector.
+`target` is the class that the sample was aimed at, null where the attack does not aim. The scores are those of every
+caption, group by group; null where the head ranks no captions. The texts are what the victim says of the image, and
+the captions of the image and of its target; null where it says nothing.
 `seen_fooled` says whether the victim was seen to be wrong inside the budget while it was attacked, and `late_gain` how
 much of the gain in margin came with the last ten looks; null where nobody could watch."""
 
@@ -75,7 +85,13 @@ RANKED = ("clean_ap", "adv_ap", "clean_rank", "adv_rank")
 ACCEPTED = ("clean_acceptance", "adv_acceptance", "adv8_acceptance")
 """The columns of a victim behind a detector."""
 
-_LATER = (*RANKED, *ACCEPTED, "seen_fooled", "late_gain")
+SCORED = ("clean_scores", "adv_scores")
+"""The columns of a head that ranks captions."""
+
+SAID = ("clean_text", "adv_text", "own_texts", "target_texts")
+"""The columns of a victim that describes images."""
+
+_LATER = ("target", *RANKED, *ACCEPTED, *SCORED, *SAID, "seen_fooled", "late_gain")
 """Columns that came after the first version."""
 
 _ARTIFACTS = "artifacts"

@@ -35,6 +35,8 @@ class Shield:
         learned: Digest of what it was trained to; empty for a defence that learns nothing.
         threshold: Where it refuses, for a detector.
         imitation: A network that was trained to do what `apply` does, for attackers at `bpda_learned`.
+        failure: Why its training left nothing to deploy; every image behind it is then an error.
+        unimitated: Why there is no imitation of it.
     """
 
     spec: DefenseSpec
@@ -42,13 +44,23 @@ class Shield:
     learned: str = ""
     threshold: Threshold | None = None
     imitation: Perceive | None = None
+    failure: str = ""
+    unimitated: str = ""
+
+    def barred(self, knowledge: Knowledge) -> str:
+        """Why no attacker with `knowledge` can run through it; empty where one can."""
+        if knowledge in ("none", "oblivious"):
+            return ""
+        return self.failure or (self.unimitated if knowledge == "bpda_learned" else "")
 
     def apply(self, images: Tensor) -> Tensor:
         """The deployed defence on a copy of `images`, with its output's shape checked.
 
         Raises:
-            SampleError: It returned no tensor, or another number of images or of channels.
+            SampleError: It returned no tensor, or another number of images or of channels; or its training had failed.
         """
+        if self.failure:
+            raise SampleError(self.failure)
         # A copy: a defence that writes to its input would otherwise change the clean images it is compared with.
         out = self.defense.apply(images.clone())
         if not isinstance(out, Tensor):
@@ -133,9 +145,14 @@ def perceive(shield: Shield | None, knowledge: Knowledge) -> Perceive:
     it were the identity (Athalye et al. 2018); `bpda_learned` passes them through a network that was trained to imitate
     it. `full` has its true gradient, or, where the defence has none, the real forward value with the gradient of its
     differentiable stand-in.
+
+    Raises:
+        SampleError: A training that this needs had failed.
     """
     if shield is None or knowledge in ("none", "oblivious"):
         return _identity
+    if problem := shield.barred(knowledge):
+        raise SampleError(problem)
     if knowledge in ("bpda", "bpda_learned"):
         imitation = _identity if knowledge == "bpda" else shield.imitation
         assert imitation is not None, f"nobody trained an imitation of {shield.spec.name}"

@@ -8,16 +8,18 @@ sandbox: a plugin is code you installed, and Python lets it read the whole proce
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 
 from robustbench_x.encoders.encoder import Encoder, Tokens, features_of_looks, tokens_of_looks
-from robustbench_x.errors import BudgetError
+from robustbench_x.encoders.text import TextTower
+from robustbench_x.errors import AttackError, BudgetError
 from robustbench_x.randomness import SampleRandom
 from robustbench_x.threat import ThreatModel
+from robustbench_x.world import SINGLE, World
 
 __all__ = [
     "Access",
@@ -27,6 +29,7 @@ __all__ = [
     "FitView",
     "ImagePool",
     "ImageView",
+    "Images",
     "Knowledge",
     "Meter",
     "ModelHandle",
@@ -79,6 +82,7 @@ class EncoderHandle:
         meter: Counts passes.
         bf16: Runs the network under bfloat16 autocast; outputs are float32 all the same.
         stochastic: Whether `perceive` draws anew at every call, so that gradients deserve averaging.
+        text: The encoder's text side, where it has one: as public as the rest of it.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class EncoderHandle:
         *,
         bf16: bool = False,
         stochastic: bool = False,
+        text: TextTower | None = None,
     ) -> None:
         self._encoder = encoder
+        self._text = text
         self._perceive = perceive
         self._meter = meter
         self._bf16 = bf16
@@ -126,6 +132,21 @@ class EncoderHandle:
         with _autocast(images, self._bf16):
             features = features_of_looks(self._encoder, self._perceive(images)).float()
         return self._meter.count(features, len(images))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `texts` works."""
+        return self._text is not None
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings `(M, D)` of `texts` in the space of `features`, L2-normalised; costs no pass.
+
+        Raises:
+            AttackError: The encoder reads no text.
+        """
+        if self._text is None:
+            raise AttackError(f"the encoder {self._encoder.source} reads no text; choose an image-text encoder")
+        return self._text(texts)  # type: ignore[no-any-return]
 
     def tokens(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tokens]:
         """Tokens of the named layers (see `Encoder.tokens`); the meter counts one pass, shallow or not."""
@@ -184,6 +205,7 @@ class Query:
         meter: Counts images asked about.
         answer: `scores` returns logits, `labels` the predicted classes.
         cap: Most images that may be asked about in this batch; None for no cap.
+        stochastic: Whether the victim draws anew at every call; asking twice would tell.
         watch: As for `ModelHandle`.
     """
 
@@ -194,8 +216,10 @@ class Query:
         *,
         answer: Literal["scores", "labels"],
         cap: int | None,
+        stochastic: bool = False,
         watch: Watch | None = None,
     ) -> None:
+        self.stochastic = stochastic
         self._ticket = id(self)
         self._watch = watch
         _ORACLES[self._ticket] = logits
@@ -254,12 +278,30 @@ class EncoderView(View):
     `surrogate` is `(M, 3, H, W)` in [0, 1], or None when the audit names no surrogate data. `artifact` holds what an
     attack that is trained first learned, and is None for every other attack and where the budget is zero. `partners`
     are the further public encoders that it asked for; they take images of the victim's size.
+
+    `targets` `(N, 3, H, W)` in [0, 1] are there for an attack that aims: the image, one per sample and without its
+    label, that the victim should take the sample for. `target_texts` says what they show where the data has captions.
     """
 
     encoder: EncoderHandle
     surrogate: Tensor | None = None
     artifact: Mapping[str, Tensor] | None = None
     partners: tuple[EncoderHandle, ...] = ()
+    targets: Tensor | None = None
+    target_texts: tuple[str, ...] | None = None
+
+
+class Images(Protocol):
+    """Unlabelled images of one size, held in memory or read from their files when asked for."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Pixels `(len(index), 3, H, W)` float32 in [0, 1] of the images at `index`."""
+
+    def expect(self, index: Tensor) -> None:
+        """Says that `batch` will soon be asked for these, so that reading them can begin; changes no answer."""
 
 
 @final
@@ -282,6 +324,9 @@ class ImagePool:
         """Pixels `(len(index), 3, H, W)` float32 in [0, 1] of the images at `index`."""
         return self._levels[index.cpu()].to(self._device, non_blocking=True).float().div(255)
 
+    def expect(self, index: Tensor) -> None:
+        """Nothing to do: they are in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitView:
@@ -289,15 +334,19 @@ class FitView:
 
     `encoder` is the one it is fitted on, through the defence as far as the attacker knows it; `partners` are the
     further public encoders it asked for; `surrogate` holds images of the encoder's input size; all randomness
-    follows from `seed`.
+    follows from `seed`. `world` has the processes that share the training: all take the same steps with the same index,
+    and an attack that `scales` takes the rows that are its own. `bf16` asks for bfloat16 autocast, which the encoders
+    have already.
     """
 
     encoder: EncoderHandle
-    surrogate: ImagePool
+    surrogate: Images
     threat: ThreatModel
     seed: int
     device: torch.device
     partners: tuple[EncoderHandle, ...] = ()
+    world: World = SINGLE
+    bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ __all__ = ["register"]
 def register(registry: "Registry") -> None:
     """Adds every attack of this package to `registry`."""
     from robustbench_x_attacks import (
+        aimed,
+        anyattack,
         autoattack,
         embed,
         gradient,
@@ -31,6 +33,8 @@ def register(registry: "Registry") -> None:
     for spec in layered.specs():
         registry.add_attack(spec)
     for spec in universal.specs():
+        registry.add_attack(spec)
+    for spec in (*aimed.specs(), *anyattack.specs()):
         registry.add_attack(spec)
     for spec in torchattacks_bridge.specs():
         registry.add_attack(spec)

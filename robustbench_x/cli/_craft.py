@@ -14,6 +14,10 @@ def craft(
     out: Annotated[Path, typer.Option(help="Folder for the PNGs and manifest.json; new or empty.")],
     encoder: Annotated[str, typer.Option("--encoder", "-e", help="Encoder source.")],
     artifact: Annotated[str | None, typer.Option(help="What rbx fit wrote, or shipped; else it is fitted now.")] = None,
+    targets: Annotated[
+        Path | None, typer.Option(help="Image, or folder of images in turns, to aim at (anyattack, ...).")
+    ] = None,
+    target_text: Annotated[str | None, typer.Option(help="What the targets show, for attackvlm_it.")] = None,
     surrogate: Annotated[str | None, typer.Option(help="Images to fit on; default packaged:crops.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Surrogate images drawn by the seed.")] = 256,
     norm: Annotated[str, typer.Option(help="linf, l2 or patch.")] = "linf",
@@ -39,6 +43,8 @@ def craft(
         encoder=encoder,
         threat=threat_from(norm, eps, placement),
         params=params,
+        targets=targets,
+        target_text=target_text,
         surrogate=surrogate,
         samples=samples,
         seed=seed,

@@ -20,7 +20,13 @@ def fit(
     surrogate: Annotated[
         str | None, typer.Option(help="Unlabelled images (a defense: the defender's own); default packaged:crops.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Surrogate images, or patches of them, drawn by the seed.")] = 256,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Surrogate images or patches, drawn by the seed; default 256, of a stream all."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the images in their files and decode them as they are needed.")
+    ] = False,
     norm: Annotated[str, typer.Option(help="linf or patch; l2 for a hardening whose attack has it.")] = "linf",
     eps: Annotated[
         str | None, typer.Option(help="Budget; default 10/255, a hardening's own, or 0.03 of the area for a patch.")
@@ -30,6 +36,8 @@ def fit(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training; reuse a finished one.")] = True,
+    checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints.")] = 20.0,
+    log: Annotated[Path | None, typer.Option(help="A .jsonl file for the losses of every step.")] = None,
     param: Annotated[list[str] | None, typer.Option("--param", "-p", help="name=value, e.g. steps=500.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Let checkpoints run code while loading. Only files you trust.")
@@ -56,5 +64,8 @@ def fit(
         precision=precision,
         resume=resume,
         allow_pickle=allow_pickle,
+        stream=stream,
+        log=log,
+        every=checkpoint_every,
     )
     run_fit(request)

@@ -13,6 +13,7 @@ from robustbench_x.report.inert import plain
 from robustbench_x.report.words import count
 from robustbench_x.result import Provenance
 from robustbench_x.threat import ThreatModel
+from robustbench_x.world import leads
 
 __all__ = ["fit_threat", "run_craft", "run_fit", "threat_from"]
 
@@ -44,7 +45,10 @@ def fit_threat(plugin: str, norm: str, eps: str | None, placement: str) -> Threa
 
 
 def run_fit(request: FitRequest) -> None:
-    """Trains with a progress bar and says what came of it."""
+    """Trains with a progress bar and says what came of it; of `torchrun`'s processes the first alone speaks."""
+    if not leads():
+        fit_plugin(request, load_registry())
+        return
     with progress_on(Console(stderr=True), opening=f"{request.plugin} into {request.out}") as progress:
         found = fit_plugin(request, load_registry(), progress)
     made = found.artifact.provenance

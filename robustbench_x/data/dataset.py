@@ -24,19 +24,23 @@ class Item:
     """One labelled image.
 
     `id` is unique in its data set and the same on every machine; `label` indexes `Dataset.classes`;
-    `load` decodes it and raises `DataError` naming the file when it cannot.
+    `load` decodes it and raises `DataError` naming the file when it cannot; `captions` say what it shows. `file` is
+    where it is read from, alone or with others in a shard; None for an image that lies in no file of its own.
     """
 
     id: str
     label: int
     load: Callable[[], PIL.Image.Image] = field(repr=False, compare=False)
+    captions: tuple[str, ...] = ()
+    file: Path | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Images with labels: heads are fitted on `train`, attacks are judged on `test`.
 
-    `train` is empty where a source has only an evaluation split. `license` and `notes` go into the report.
+    `train` is empty where a source has only an evaluation split. `license` and `notes` go into the report. `names` are
+    words for the classes, where `classes` holds ids.
     """
 
     source: str
@@ -45,6 +49,12 @@ class Dataset:
     test: tuple[Item, ...]
     license: str = ""
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """A readable name of every class."""
+        return self.names or self.classes
 
 
 @dataclass(frozen=True, kw_only=True)

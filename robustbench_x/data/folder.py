@@ -117,7 +117,8 @@ def _read(root: Path, split: Path, known: tuple[str, ...] | None = None) -> tupl
                 strays.append(name)
                 continue
             path = root.joinpath(*parts)
-            items.append(Item(id=_utf8(name), label=labels[folder.name], load=functools.partial(read_file, path)))
+            load = functools.partial(read_file, path)
+            items.append(Item(id=_utf8(name), label=labels[folder.name], load=load, file=path))
         if (len(items), len(strays)) == before:
             raise DataError(f"the class folder {split / folder.name} holds no image; add some or remove the folder")
     if strays:

@@ -11,8 +11,8 @@ __all__ = ["SOURCE"]
 def _open(source: str, rest: str, _seed: int) -> Dataset:
     root = existing_folder(source, rest)
     items = tuple(
-        Item(id="/".join(parts), label=0, load=functools.partial(read_file, root.joinpath(*parts)))
-        for parts in image_files(root)
+        Item(id="/".join(parts), label=0, load=functools.partial(read_file, path), file=path)
+        for parts, path in ((parts, root.joinpath(*parts)) for parts in image_files(root))
     )
     note = "no labels: a surrogate set; nothing can be audited on it"
     return Dataset(source=source, classes=("unlabelled",), train=(), test=items, notes=(note,))

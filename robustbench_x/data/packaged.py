@@ -73,20 +73,26 @@ def _photos(source: str) -> Dataset:
     info = ImageNetInfo()
     synsets = [info.index_to_label_name(int(file.stem.rpartition("_")[2])) for file in files]
     classes = tuple(sorted(set(synsets)))
+    words = {synset: info.label_name_to_description(synset).split(",")[0] for synset in classes}
     return Dataset(
         source=source,
         classes=classes,
+        names=tuple(words[synset] for synset in classes),
         train=(),
         test=tuple(
             Item(
                 id=file.name,
                 label=classes.index(synset),
                 load=functools.partial(read_image, file, name=f"{source} {file.name}"),
+                captions=(f"a photo of a {words[synset]}",),
             )
             for file, synset in zip(files, synsets, strict=True)
         ),
         license="foolbox is MIT; the photographs are ImageNet's, under its terms of non-commercial research use",
-        notes=(f"only {len(files)} photographs: intervals are wide, and there is no training split",),
+        notes=(
+            f"only {len(files)} photographs: intervals are wide, and there is no training split",
+            "a caption of each is made from its class's name: nobody wrote one",
+        ),
     )
 
 

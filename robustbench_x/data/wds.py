@@ -51,6 +51,7 @@ def _open(source: str, rest: str, seed: int) -> Dataset:
             id=f"{sample.shard.name}/{sample.key}",
             label=index[sample.label or "unlabelled"],
             load=functools.partial(_load, sample),
+            file=sample.shard,
         )
         for sample in samples
     )

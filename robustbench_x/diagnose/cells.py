@@ -4,7 +4,7 @@ import numpy as np
 
 from robustbench_x.diagnose.record import CellRecord
 from robustbench_x.findings import finding
-from robustbench_x.result import Finding, Level
+from robustbench_x.result import Finding
 from robustbench_x.stats import mcnemar_exact
 
 __all__ = ["check_cell", "check_pair"]
@@ -13,7 +13,6 @@ _ALPHA = 0.05
 _OVERRUN_SLACK = 1e-6
 _MIN_CORRECT = 30
 _MIN_RESISTED = 6
-_SILENT = 0.1
 _GAINING = 0.05
 _UNCONVERGED = 0.1
 
@@ -73,8 +72,7 @@ def _watched(record: CellRecord) -> list[Finding]:
     share = float(lost.sum() / correct.sum())
     if lost.any():
         text = f"on {int(lost.sum())} of {int(correct.sum())} correct samples it was seen to win, and came back without"
-        level: Level = "error" if share > _SILENT else "warning"
-        found.append(finding("silent_success", text, cell.id, figure=share, level=level))
+        found.append(finding("silent_success", text, cell.id, figure=share))
     rising = resisted & (record.late_gain > _GAINING)
     late = float(rising.sum() / resisted.sum())
     if late > _UNCONVERGED and record.spec.access == "whitebox":

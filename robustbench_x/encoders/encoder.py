@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustbench_x.encoders.text import TextTower
 from robustbench_x.errors import RangeError, SourceError
 
 __all__ = [
@@ -229,10 +230,11 @@ class Classifier(nn.Module):
 
 
 class LoadedEncoder(NamedTuple):
-    """What a source loads: the encoder, and its published classifier where there is one."""
+    """What a source loads: the encoder, its published classifier and its text side where there is one."""
 
     encoder: Encoder
     classifier: Classifier | None
+    text: TextTower | None = None
 
 
 def check_range(images: Tensor) -> None:

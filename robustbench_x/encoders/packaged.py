@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
+from robustbench_x.encoders.conse import load_conse
 from robustbench_x.encoders.encoder import LoadedEncoder
 from robustbench_x.encoders.loading import file_sha256, load_strictly, read_state
 from robustbench_x.encoders.source import EncoderOptions, EncoderSource
@@ -48,7 +49,11 @@ def _load_dinov2(source: str, options: EncoderOptions) -> LoadedEncoder:
     )
 
 
-_LOADERS = {"efficientnet_lite0": _load_lite0, "dinov2_vits14": _load_dinov2}
+def _load_conse(source: str, options: EncoderOptions) -> LoadedEncoder:
+    return load_conse(source, _load_lite0("packaged:efficientnet_lite0", options))
+
+
+_LOADERS = {"efficientnet_lite0": _load_lite0, "dinov2_vits14": _load_dinov2, "conse_minilm": _load_conse}
 
 
 def _load(source: str, rest: str, options: EncoderOptions) -> LoadedEncoder:

@@ -21,12 +21,13 @@ from robustbench_x.diagnose import (
     error_messages,
 )
 from robustbench_x.errors import RunError
+from robustbench_x.imagetext.metrics import Pairing, Spoken
 from robustbench_x.metrics import Outcome, compute, most_frequent, worst_case
 from robustbench_x.plan import UNDEFENDED, Cell, Plan, with_noise
 from robustbench_x.registry import Registry
 from robustbench_x.result import CellResult, Collapse, Finding, FitInfo, Flag, HeadInfo, Measure, Threat, WorstCase
 from robustbench_x.stats import Interval, wilson
-from robustbench_x.store import ACCEPTED, RANKED
+from robustbench_x.store import ACCEPTED, RANKED, SAID, SCORED
 
 __all__ = ["Assembled", "assemble_cells", "cell_findings", "worst_cases"]
 
@@ -39,7 +40,7 @@ def assemble_cells(
     config: AuditConfig,
     registry: Registry,
     *,
-    num_classes: Mapping[tuple[str, str, str], int],
+    heads: Mapping[tuple[str, str, str], HeadInfo],
     evaluated: Mapping[tuple[str, str], int],
 ) -> dict[str, CellRecord]:
     """Every cell's outcome and metrics, in plan order.
@@ -49,7 +50,7 @@ def assemble_cells(
         plan: What should be there.
         config: The audit.
         registry: Where attack specs are looked up.
-        num_classes: Logits of each (encoder, data, head).
+        heads: The head of each (encoder, data, head).
         evaluated: Samples of each (encoder, data).
 
     Raises:
@@ -70,7 +71,8 @@ def assemble_cells(
                 f"{len(index)} rows in all; start over with --no-resume"
             )
         own = {name: values[index] for name, values in columns.items()}
-        outcome = _outcome(own)
+        head = heads[cell.encoder, cell.data, cell.head]
+        outcome = _outcome(own, head.task)
         records[cell.id] = CellRecord(
             cell=cell,
             spec=registry.attacks[attacks[cell.attack].name],
@@ -80,7 +82,7 @@ def assemble_cells(
             seen_fooled=own["seen_fooled"].astype(float),
             late_gain=own["late_gain"].astype(float),
             messages=error_messages(list(own["error"])),
-            num_classes=num_classes[cell.encoder, cell.data, cell.head],
+            num_classes=head.num_classes,
             metrics={name: measure(value) for name, value in compute(outcome).items()},
         )
     return records
@@ -229,7 +231,7 @@ def _victim(cell: Cell) -> tuple[Any, ...]:
     return cell.encoder, cell.head, cell.data, cell.defense, cell.threat
 
 
-def _outcome(own: Mapping[str, np.ndarray]) -> Outcome:
+def _outcome(own: Mapping[str, np.ndarray], task: str) -> Outcome:
     error = np.array([message is not None for message in own["error"]], dtype=bool)
     values: dict[str, Any] = {
         name: own[name].astype(float)
@@ -240,5 +242,15 @@ def _outcome(own: Mapping[str, np.ndarray]) -> Outcome:
     retrieval = ranked if np.isfinite(ranked["adv_ap"]).any() else None
     accepted = {name: own[name].astype(float) for name in ACCEPTED}
     acceptance = accepted if np.isfinite(accepted["adv_acceptance"]).any() else None
-    target = np.full(len(error), -1, dtype=np.int64)
-    return Outcome(error=error, target=target, retrieval=retrieval, acceptance=acceptance, **values)
+    target = np.nan_to_num(own["target"].astype(float), nan=-1).astype(np.int64)
+    pairing = Pairing.from_rows(*(own[name] for name in SCORED), answers=task == "entailment")
+    spoken = Spoken.from_rows(*(own[name] for name in SAID)) if task == "captioning" else None
+    return Outcome(
+        error=error,
+        target=target,
+        retrieval=retrieval,
+        acceptance=acceptance,
+        pairing=pairing,
+        spoken=spoken,
+        **values,
+    )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from robustbench_x.config import AuditConfig
+from robustbench_x.data.dataset import Item
 from robustbench_x.engine.handout import AttackAtWork, hand_out
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.stage import Batch, StageAtWork
-from robustbench_x.heads.base import FittedHead
+from robustbench_x.errors import AttackError
+from robustbench_x.heads.base import CAPTIONED, FittedHead
 from robustbench_x.judge import (
     UNJUDGED,
     Admitted,
@@ -29,7 +31,7 @@ from robustbench_x.judge import (
 )
 from robustbench_x.plan import Cell, Craft
 from robustbench_x.randomness import derive_seed
-from robustbench_x.store import ACCEPTED, RANKED
+from robustbench_x.store import ACCEPTED, RANKED, SAID, SCORED
 from robustbench_x.views import Meter, QueryView
 from robustbench_x.witness import Testimony
 
@@ -105,7 +107,10 @@ def _make(
     """The attack's images after admission, or why there are none."""
     inputs = batch.images[part]
     meter = Meter()
-    view, witness = hand_out(stage, work, batch, part, seeds, meter, config)
+    try:
+        view, witness = hand_out(stage, work, batch, part, seeds, meter, config)
+    except AttackError as error:  # there is nothing to aim at
+        return str(error)
     started = time.perf_counter()
     problem = None
     try:
@@ -195,6 +200,10 @@ def _rows(
     # What was seen of the undefended victim is no testimony about the defended one.
     seen = made.testimony if cell.defense == work.craft.seen else None
     ranked = _ranked(head, clean, adversarial, labels)
+    scored = _scored(head, clean, adversarial)
+    aimed = [stage.targets.of(item) for item in batch.items[part]] if work.spec.aims else None
+    targets = _target_labels(stage, cell, aimed, len(labels))
+    said = _said(head, clean, adversarial, batch.items[part], aimed)
     rows = []
     for i, error in enumerate(first_errors(made.admitted.errors, *(v.errors for v in verdicts))):
         if error is not None:
@@ -212,6 +221,7 @@ def _rows(
                 "clean_pred": clean_pred,
                 "adv_pred": adv_pred,
                 "adv8_pred": adv8_pred,
+                "target": targets[i],
                 "clean_correct": correct,
                 "fooled": correct and adv_pred != label and let_in,
                 "flipped": adv_pred != clean_pred and let_in,
@@ -221,6 +231,8 @@ def _rows(
                 "ssim": ssim[i],
                 "feature_cosine": cosine[i],
                 **{name: values[i] for name, values in ranked.items()},
+                **{name: [group[i] for group in groups] for name, groups in scored.items()},
+                **{name: texts[i] for name, texts in said.items()},
                 **acceptance,
                 "seen_fooled": None if seen is None else seen.fooled[i],
                 "late_gain": None if seen is None or math.isnan(seen.late_gain[i]) else seen.late_gain[i],
@@ -241,6 +253,41 @@ def _ranked(head: FittedHead, clean: Reading, adversarial: Reading, labels: Tens
     before, after = retrieve(clean, head, labels), retrieve(adversarial, head, labels)
     values = (before.precision, after.precision, before.first, after.first)
     return {name: column.tolist() for name, column in zip(RANKED, values, strict=True)}
+
+
+def _scored(head: FittedHead, clean: Reading, adversarial: Reading) -> dict[str, list[list[list[float]]]]:
+    """Per group of captions the scores of every image, the mean over draws; none where the head ranks no captions."""
+    if head.task not in CAPTIONED:
+        return {}
+    found = {}
+    for name, reading in zip(SCORED, (clean, adversarial), strict=True):
+        draws = [head.scores(features) for features in reading.features]
+        found[name] = [torch.stack(group).mean(dim=0).tolist() for group in zip(*draws, strict=True)]
+    return found
+
+
+def _said(
+    head: FittedHead, clean: Reading, adversarial: Reading, items: Sequence[Item], aimed: Sequence[Item | None] | None
+) -> dict[str, Sequence[Any]]:
+    """What the victim says of either image, on the first draw, beside the captions of the image and of its target."""
+    if head.task != "captioning":
+        return {}
+    targets: list[list[str] | None] = [None] * len(items)
+    if aimed is not None:
+        targets = [None if item is None else list(item.captions) for item in aimed]
+    said = (head.say(reading.features[0]) for reading in (clean, adversarial))
+    return dict(zip(SAID, (*said, [list(item.captions) for item in items], targets), strict=True))
+
+
+def _target_labels(
+    stage: StageAtWork, cell: Cell, aimed: Sequence[Item | None] | None, count: int
+) -> Sequence[int | None]:
+    """The class that each image was aimed at, as this head counts; None for an attack that does not aim."""
+    if aimed is None:
+        return [None] * count
+    # Without a target the attack would not have run at all.
+    labels = stage.heads[cell.head].labels(stage.dataset.classes, [item for item in aimed if item is not None])
+    return list(labels.tolist())
 
 
 def _error_row(stage: StageAtWork, cell: Cell, batch: Batch, index: int, error: str, seed: int) -> Row:

@@ -4,15 +4,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import PIL.Image
 import torch
 from torch import Tensor
 
 from robustbench_x import __version__
-from robustbench_x.data.dataset import Item, open_dataset
-from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.data.dataset import Item, open_dataset, read_image
+from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.handout import partner_handle
 from robustbench_x.engine.isolation import isolated
@@ -37,7 +37,11 @@ _BEGUN = ".unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class CraftRequest:
-    """Which attack, on which images, against which encoder."""
+    """Which attack, on which images, against which encoder.
+
+    `targets` is an image, or a folder of them, for an attack that aims: the images take turns. `target_text` says what
+    they show.
+    """
 
     attack: str
     images: Path
@@ -46,10 +50,26 @@ class CraftRequest:
     threat: ThreatModel
     params: dict[str, Any]
     surrogate: str | None = None
+    targets: Path | None = None
+    target_text: str | None = None
     samples: int = 256
     seed: int = 0
     device: str = "auto"
     allow_pickle: bool = False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Tools:
+    """What every batch is made with. `aims` are the target images `(T, 3, H, W)` by name, in turns."""
+
+    spec: AttackSpec
+    attack: Any
+    loaded: LoadedEncoder
+    learned: Supplied | None
+    partners: tuple[Encoder, ...]
+    aims: tuple[tuple[str, Tensor], ...]
+    device: torch.device
 
 
 def craft_folder(request: CraftRequest, registry: Registry, progress: Progress | None = None) -> dict[str, Any]:
@@ -67,21 +87,31 @@ def craft_folder(request: CraftRequest, registry: Registry, progress: Progress |
         raise UsageError(f"{spec.name} needs access {spec.access}: a folder of images has no head; use rbx audit")
     if request.threat.norm not in spec.norms:
         raise ConfigError(f"attack {spec.name} has no norm '{request.threat.norm}'; it has {', '.join(spec.norms)}")
+    if spec.aims != (request.targets is not None):
+        wanted = "aims: name its targets with --targets" if spec.aims else "does not aim: drop --targets"
+        raise UsageError(f"attack {spec.name} {wanted}")
     _check_out(request.out)
     attack, progress = spec.build(request.params), progress or Silent()
     items = open_dataset(f"images:{request.images}", registry).test
     device = resolve_device(request.device)
-    encoder = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle).encoder.to(device)
+    loaded = load_encoder(request.encoder, registry, allow_pickle=request.allow_pickle)
+    encoder = loaded.encoder.to(device)
+    if loaded.text is not None:
+        loaded.text.to(device)
     supply = _supply(request, registry, device, progress)
     fits = spec.fits and request.threat.radius > 0
     learned = supply.artifact(spec, attack, encoder, request.threat) if fits else None
     partners = () if spec.fits else tuple(supply.load(source) for source in spec.partners(attack))
+    aims = _aims(request, encoder, registry)
+    tools = _Tools(
+        spec=spec, attack=attack, loaded=loaded, learned=learned, partners=partners, aims=aims, device=device
+    )
     request.out.mkdir(parents=True, exist_ok=True)
     (request.out / _BEGUN).touch()
     progress.begin(len(items), 0)
     entries = []
     for start in range(0, len(items), _BATCH):
-        entries += _batch(request, spec, attack, encoder, learned, partners, items[start : start + _BATCH], device)
+        entries += _batch(request, tools, items[start : start + _BATCH], start)
         progress.task(f"{spec.name} on {request.images}")
         progress.advance(len(items[start : start + _BATCH]))
     manifest = {
@@ -119,19 +149,30 @@ def _supply(request: CraftRequest, registry: Registry, device: torch.device, pro
     )
 
 
-def _batch(
-    request: CraftRequest,
-    spec: AttackSpec,
-    attack: Any,
-    encoder: Encoder,
-    learned: Supplied | None,
-    partners: tuple[Encoder, ...],
-    items: tuple[Item, ...],
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """Manifest entries of a few images, whose files are written."""
+def _aims(request: CraftRequest, encoder: Encoder, registry: Registry) -> tuple[tuple[str, Tensor], ...]:
+    """The target images with their names.
+
+    Raises:
+        DataError: One of them cannot be read.
+    """
+    if request.targets is None:
+        return ()
+    if request.targets.is_file():
+        found = {request.targets.name: read_image(request.targets, name=str(request.targets))}
+    else:
+        found = {item.id: item.load() for item in open_dataset(f"images:{request.targets}", registry).test}
+    return tuple((name, encoder.preprocessing(image)) for name, image in found.items())
+
+
+def _batch(request: CraftRequest, tools: _Tools, items: tuple[Item, ...], first: int) -> list[dict[str, Any]]:
+    """Manifest entries of a few images, the `first` of which has this number, whose files are written."""
     entries: dict[str, dict[str, Any]] = {item.id: {"source": item.id} for item in items}
-    pixels = {}
+    encoder, pixels = tools.loaded.encoder, {}
+    aims = {}
+    for number, item in enumerate(items, first):
+        if tools.aims:
+            name, aims[item.id] = tools.aims[number % len(tools.aims)]
+            entries[item.id]["target"] = name
     for item in items:
         try:
             pixels[item.id] = encoder.preprocessing(item.load())
@@ -139,9 +180,10 @@ def _batch(
             entries[item.id]["error"] = str(error)
     if not pixels:
         return list(entries.values())
-    inputs = torch.stack(list(pixels.values())).to(device)
+    inputs = torch.stack(list(pixels.values())).to(tools.device)
+    targets = torch.stack([aims[name] for name in pixels]).to(tools.device) if aims else None
     try:
-        images, errors = _attack(request, spec, attack, encoder, learned, partners, list(pixels), inputs)
+        images, errors = _attack(request, tools, list(pixels), inputs, targets)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes the error of these images
         images, errors = inputs, [f"{type(error).__name__}: {error}"] * len(inputs)
     measured = measure(images, inputs)
@@ -167,16 +209,10 @@ def _batch(
 
 
 def _attack(
-    request: CraftRequest,
-    spec: AttackSpec,
-    attack: Any,
-    encoder: Encoder,
-    learned: Supplied | None,
-    partners: tuple[Encoder, ...],
-    names: list[str],
-    inputs: Tensor,
+    request: CraftRequest, tools: _Tools, names: list[str], inputs: Tensor, targets: Tensor | None
 ) -> tuple[Tensor, list[str | None]]:
     """The attack's images, judged admissible and rounded to 8 bits inside the budget."""
+    spec, learned = tools.spec, tools.learned
     seeds = [derive_seed(request.seed, spec.name, name) for name in names]
     random = SampleRandom(seeds, device=inputs.device)
     shared: dict[str, Any] = {"inputs": inputs.clone(), "threat": request.threat, "random": random, "exhaustive": True}
@@ -184,10 +220,13 @@ def _attack(
         view: ImageView | EncoderView = ImageView(**shared)
     else:
         tensors = None if learned is None else {k: t.to(inputs.device) for k, t in learned.artifact.tensors.items()}
-        handle = EncoderHandle(encoder, lambda images: images, Meter())
-        others = tuple(partner_handle(partner, Meter()) for partner in partners)
-        view = EncoderView(**shared, encoder=handle, artifact=tensors, partners=others)
+        handle = EncoderHandle(tools.loaded.encoder, lambda images: images, Meter(), text=tools.loaded.text)
+        others = tuple(partner_handle(partner, Meter()) for partner in tools.partners)
+        texts = None if request.target_text is None else (request.target_text,) * len(inputs)
+        view = EncoderView(
+            **shared, encoder=handle, artifact=tensors, partners=others, targets=targets, target_texts=texts
+        )
     with isolated(random.seed, inputs.device):
-        candidates = attack.run(view)
+        candidates = tools.attack.run(view)
     admitted = admit(candidates, inputs, request.threat)
     return request.threat.quantize(admitted.images, inputs), admitted.errors

@@ -18,9 +18,11 @@ from robustbench_x.engine.artifacts import note_of
 from robustbench_x.engine.assemble import assemble_cells, cell_findings, cell_result, worst_cases
 from robustbench_x.engine.layer_maps import with_layer_maps
 from robustbench_x.findings import finding
+from robustbench_x.gate import decide
 from robustbench_x.numbers import format_eps
 from robustbench_x.plan import Plan, with_noise
 from robustbench_x.registry import Registry
+from robustbench_x.report.markdown import render_markdown
 from robustbench_x.result import (
     DataInfo,
     DefenseInfo,
@@ -35,8 +37,9 @@ from robustbench_x.result import (
     write_report,
 )
 from robustbench_x.store import RunFolder, write_atomically
+from robustbench_x.toml import dump_toml
 
-__all__ = ["Evidence", "finish", "make_report", "now", "with_findings", "write_results"]
+__all__ = ["Evidence", "finish", "make_report", "now", "with_findings", "write_results", "write_texts"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "kornia", "torchattacks", "numpy", "pillow", "pyarrow")
 
@@ -67,7 +70,7 @@ def finish(folder: RunFolder, plan: Plan, config: AuditConfig, registry: Registr
         fits=_fits(folder, plan),
     )
     report = make_report(evidence, _run_info(folder, plan, config), plan, config, registry)
-    write_results(report, evidence.rows, config, folder.path)
+    write_results(report, evidence.rows, folder.path)
     folder.finish()
     return report
 
@@ -103,16 +106,18 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
         plan,
         config,
         registry,
-        num_classes={key: head.num_classes for key, head in heads.items()},
+        heads=heads,
         evaluated=evidence.evaluated,
     )
-    findings = [
-        *evidence.probes,
-        *_training_findings(evidence.heads),
-        *_fit_findings(evidence, records),
-        *_cost_findings(evidence.defenses, records),
-        *cell_findings(records, config, registry),
-    ]
+    findings = _each_once(
+        [
+            *evidence.probes,
+            *_training_findings(evidence.heads),
+            *_fit_findings(evidence, records),
+            *_cost_findings(evidence.defenses, records),
+            *cell_findings(records, config, registry),
+        ]
+    )
     params = {e.title: registry.attacks[e.name].effective(e.params) for e in with_noise(config.attack)}
     cells = tuple(
         cell_result(
@@ -139,8 +144,13 @@ def make_report(evidence: Evidence, run: RunInfo, plan: Plan, config: AuditConfi
     )
 
 
+def _each_once(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings without repetitions: what the shards of an audit say of a victim, the whole may say again."""
+    return list({f.model_dump_json(): f for f in findings}.values())
+
+
 def with_findings(report: Report, found: Sequence[Finding], config: AuditConfig) -> Report:
-    """A finished `report` with what later checks, those of `config`, have found."""
+    """A finished `report` with what later checks, those of `config`, have found; it has to be judged anew."""
     cells = tuple(
         cell.model_copy(
             update={
@@ -153,7 +163,9 @@ def with_findings(report: Report, found: Sequence[Finding], config: AuditConfig)
         for cell in report.cells
     )
     checked = report.config | {"checks": config.checks}
-    return report.model_copy(update={"cells": cells, "findings": (*report.findings, *found), "config": checked})
+    update = {"cells": cells, "findings": (*report.findings, *found), "config": checked}
+    # What was decided before these doubts were known is decided no more.
+    return report.model_copy(update=update | {"gates": (), "decision": None})
 
 
 def _fits(folder: RunFolder, plan: Plan) -> dict[str, FitInfo]:
@@ -163,12 +175,19 @@ def _fits(folder: RunFolder, plan: Plan) -> dict[str, FitInfo]:
     return {cell.id: FitInfo(**note) for craft in crafts if (note := notes[craft.id]) for cell in craft.cells}
 
 
-def write_results(report: Report, rows: pa.Table, config: AuditConfig, out: Path) -> None:
-    """Writes `samples.parquet`, `audit.toml`, and last `report.json`, each atomically."""
+def write_results(report: Report, rows: pa.Table, out: Path) -> None:
+    """Writes `samples.parquet` and what `write_texts` does, each atomically."""
     partial = out / "samples.parquet.partial"
     pq.write_table(rows.sort_by([("cell", "ascending"), ("position", "ascending")]), partial)
     partial.replace(out / "samples.parquet")
-    write_atomically(out / "audit.toml", config.to_toml())
+    write_texts(report, out)
+
+
+def write_texts(report: Report, out: Path) -> None:
+    """Writes everything that follows from the report: `audit.toml`, `report.md`, and last `report.json`."""
+    write_atomically(out / "audit.toml", dump_toml(report.config))
+    decision = report.decision or decide(report, None, fail_on=())
+    write_atomically(out / "report.md", render_markdown(report, decision))
     write_report(report, out)
 
 

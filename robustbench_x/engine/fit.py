@@ -17,15 +17,20 @@ from robustbench_x.hardening import HardeningSpec
 from robustbench_x.plugin import AttackSpec, DefenseSpec
 from robustbench_x.registry import Registry
 from robustbench_x.threat import ThreatModel
+from robustbench_x.world import Torchrun, open_world, processes
 
 __all__ = ["FitRequest", "fit_plugin"]
+
+_SAMPLES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitRequest:
     """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped.
 
-    A hardening without an attack takes a `threat` of eps 0 and no `surrogate`.
+    A hardening without an attack takes a `threat` of eps 0 and no `surrogate`. `stream` leaves the images in their
+    files; `samples` None is all of them then, and else 256. `log` is a file for the losses of every step, as lines of
+    JSON, and `every` the seconds between two checkpoints.
     """
 
     plugin: str
@@ -34,16 +39,21 @@ class FitRequest:
     out: Path
     params: dict[str, Any]
     surrogate: str | None = None
-    samples: int = 256
+    samples: int | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
     resume: bool = True
     allow_pickle: bool = False
+    stream: bool = False
+    log: Path | None = None
+    every: float = 20.0
 
 
 def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | None = None) -> Supplied:
     """Trains what an attack learns, or hardens the encoder, and writes the artefact to `request.out`.
+
+    Under `torchrun` every process calls this; an attack that `scales` shares its batch among them, the first writes.
 
     Raises:
         UsageError: The plugin has nothing to train, or a source, parameter or budget is wrong.
@@ -51,6 +61,7 @@ def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | Non
     """
     spec = _trainable(registry, request.plugin)
     _check_budget(request, spec)
+    _check_scale(request, spec)
     for_one = not isinstance(spec, DefenseSpec) or spec.per_encoder
     if request.encoder is None and for_one:
         raise UsageError(f"{spec.name} is fitted on one encoder; name it with --encoder")
@@ -65,7 +76,8 @@ def fit_plugin(request: FitRequest, registry: Registry, progress: Progress | Non
     else:
         train = _hardening if isinstance(spec, HardeningSpec) else _learning
         found = train(request, spec, supply)  # type: ignore[arg-type]  # each gets its own kind
-    write_artifact(request.out, found.artifact)
+    if supply.world.rank == 0:
+        write_artifact(request.out, found.artifact)
     return found
 
 
@@ -116,6 +128,14 @@ def _check_budget(request: FitRequest, spec: AttackSpec | HardeningSpec | Defens
         raise ConfigError("eps is 0: there is nothing to train")
 
 
+def _check_scale(request: FitRequest, spec: AttackSpec | HardeningSpec | DefenseSpec) -> None:
+    """Refuses several processes, and streams, where they would be of no use."""
+    if processes() > 1 and not getattr(spec, "scales", False):
+        raise UsageError(f"{spec.name} is trained in one process; start it without torchrun")
+    if request.stream and not isinstance(spec, AttackSpec):
+        raise UsageError(f"{spec.name} takes its images into memory; leave --stream out")
+
+
 def _check_out(out: Path) -> None:
     """Refuses to overwrite anything but an artefact, before hours are spent."""
     if out.exists():
@@ -154,15 +174,21 @@ def _make_supply(request: FitRequest, registry: Registry, progress: Progress) ->
     """Where its trainings come from."""
     if request.precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {request.precision}: choose fp32 or bf16")
+    samples = _SAMPLES if request.samples is None and not request.stream else request.samples
+    world = open_world(resolve_device(request.device))
     return Supply(
         registry=registry,
         open_dataset=lambda source: open_dataset(source, registry, seed=request.seed),
         surrogate=request.surrogate,
-        samples=request.samples,
+        samples=samples,
         seed=request.seed,
-        device=resolve_device(request.device),
+        device=world.device if isinstance(world, Torchrun) else resolve_device(request.device),
         progress=progress,
         bf16=request.precision == "bf16",
         allow_pickle=request.allow_pickle,
         fresh=not request.resume,
+        stream=request.stream,
+        world=world,
+        log=request.log,
+        every=request.every,
     )

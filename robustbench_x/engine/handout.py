@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,12 +29,15 @@ from robustbench_x.views import (
 )
 from robustbench_x.witness import Witness
 
-__all__ = ["AttackAtWork", "attacker_sees", "hand_out", "partner_handle"]
+__all__ = ["AttackAtWork", "Unwatched", "attacker_sees", "hand_out", "partner_handle", "unwatched"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackAtWork:
-    """A craft with its built attack and what it may use; `failure` says why a fitted attack learned nothing."""
+    """A craft with its built attack and what it may use.
+
+    `failure` says why there is nothing to run: a fitted attack learned nothing, or the training of its defence failed.
+    """
 
     craft: Craft
     spec: AttackSpec
@@ -55,6 +58,25 @@ def attacker_sees(stage: StageAtWork, craft: Craft, head: str | None) -> Perceiv
     return lambda images: top(features_of_looks(encoder, through(images)))
 
 
+class Unwatched(NamedTuple):
+    """Why nobody watches what an attack is answered; `mendable` where another precision could have had it."""
+
+    reason: str
+    mendable: bool
+
+
+def unwatched(stage: StageAtWork, craft: Craft) -> Unwatched | None:
+    """Why an attack that asks the victim is not watched; None where it is."""
+    shield = stage.shields[craft.seen]
+    if stage.config.precision == "bf16":
+        return Unwatched("in bfloat16 an answer may be wrong by more than the witness's margin", mendable=True)
+    if shield is not None and shield.spec.stochastic:
+        return Unwatched("a random defence answers otherwise when it is judged", mendable=False)
+    if shield is not None and shield.threshold is not None:
+        return Unwatched("behind a detector a wrong answer alone is no success", mendable=False)
+    return None
+
+
 def hand_out(
     stage: StageAtWork,
     work: AttackAtWork,
@@ -67,7 +89,7 @@ def hand_out(
     """What this attack is handed (see `robustbench_x.views`), and who watches what it is answered.
 
     Nobody watches where the answers are not those of the victim it is judged on: without a head, behind a detector, and
-    where the defence draws anew.
+    where the defence draws anew (`unwatched`).
     """
     craft, access = work.craft, work.spec.access
     bf16 = config.precision == "bf16"
@@ -84,19 +106,22 @@ def hand_out(
     stochastic = shield is not None and shield.spec.stochastic
     if access == "encoder" or craft.head is None:
         through = perceive(shield, craft.knowledge)
-        encoder = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic)
+        encoder = EncoderHandle(stage.encoder, through, meter, bf16=bf16, stochastic=stochastic, text=stage.text)
         surrogate = None if work.surrogate is None else work.surrogate.clone()
         learned = work.artifact
         artifact = None if learned is None else {k: t.to(stage.device, copy=True) for k, t in learned.items()}
         partners = tuple(partner_handle(partner, meter, bf16=bf16) for partner in work.partners)
-        view = EncoderView(**shared, encoder=encoder, surrogate=surrogate, artifact=artifact, partners=partners)
+        aim: dict[str, Any] = {}
+        if work.spec.aims:
+            items = batch.items[part]
+            aim = {"targets": stage.targets.images(items).to(stage.device), "target_texts": stage.targets.texts(items)}
+        view = EncoderView(**shared, **aim, encoder=encoder, surrogate=surrogate, artifact=artifact, partners=partners)
         return view, None
     head = stage.heads[craft.head]
     rows = list(batch.positions[part])
     shared |= {"labels": stage.labels[craft.head][rows].clone(), "num_classes": head.num_classes}
     deployed = stage.defended(craft.seen, craft.head)
-    # In bfloat16 an answer may be wrong by more than the witness's margin.
-    blind = stochastic or deployed.detects or bf16
+    blind = unwatched(stage, craft) is not None
     witness = None if blind else Witness(batch.images[part], shared["labels"].clone(), craft.threat)
     watch = None if witness is None else witness.look
     if access == "whitebox":
@@ -110,6 +135,7 @@ def hand_out(
         meter,
         answer="scores" if access == "scores" else "labels",
         cap=cap,
+        stochastic=stochastic,
         watch=watch,
     )
     return QueryView(**shared, query=query), witness

@@ -13,7 +13,7 @@ from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.artifacts import Artifacts
 from robustbench_x.engine.craft import craft_rows, failed_rows, is_out_of_memory
-from robustbench_x.engine.finish import finish, now, with_findings
+from robustbench_x.engine.finish import finish, now, with_findings, write_texts
 from robustbench_x.engine.handout import AttackAtWork
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
@@ -27,7 +27,7 @@ from robustbench_x.fitting.ground import device_name
 from robustbench_x.plan import UNDEFENDED, Craft, Plan, Stage, make_plan
 from robustbench_x.plugin import AttackSpec
 from robustbench_x.registry import Registry, load_registry
-from robustbench_x.result import Finding, Report, StageProof, read_report, write_report
+from robustbench_x.result import Finding, Report, StageProof, read_report
 from robustbench_x.store import RunFolder
 
 __all__ = ["resolve_device", "run_audit"]
@@ -156,7 +156,7 @@ class _Run:
                 found += strict_findings(work, self.registry, self.folder.rows(), self.progress.task)
         if unchecked:
             report = with_findings(report, found, self.config)
-            write_report(report, self.folder.path)
+            write_texts(report, self.folder.path)
         self.progress.say(f"{self.folder.path} holds this very audit, finished {report.run.finished}: nothing was run")
         return report
 
@@ -189,8 +189,9 @@ class _Run:
             self.progress.task(f"loading {source}")
             loaded = load_encoder(source, self.registry, allow_pickle=self.config.allow_pickle)
             loaded.encoder.to(self.device)
-            if loaded.classifier is not None:
-                loaded.classifier.to(self.device)
+            for part in (loaded.classifier, loaded.text):
+                if part is not None:
+                    part.to(self.device)
             self.progress.say(f"{source}  sha256 {loaded.encoder.sha256}")
             for note in loaded.encoder.notes:
                 self.progress.say(f"  {note}")
@@ -234,6 +235,7 @@ class _Run:
                 attack=specs[craft.id].build(craft.attack.params),
                 surrogate=surrogate if specs[craft.id].access == "encoder" and not specs[craft.id].fits else None,
                 partners=self._partners(specs[craft.id], craft),
+                failure=_barred(work, craft),
             )
             for craft in stage.crafts
         ]
@@ -256,7 +258,7 @@ class _Run:
 
     def _with_artifact(self, stage: StageAtWork, work: AttackAtWork) -> AttackAtWork:
         """`work` with what it learned, or with why it learned nothing: its samples then become error rows."""
-        if not work.spec.fits or work.craft.threat.radius == 0:
+        if work.failure is not None or not work.spec.fits or work.craft.threat.radius == 0:
             return work
         try:
             artifact = self._artifacts.take(stage, work.craft, work.spec, work.attack)  # type: ignore[arg-type]
@@ -332,3 +334,9 @@ class _Run:
             self.folder.note(f"stage-{number}", stage_notes(stage))
         elif not same_proof(StageProof(**stored["proof"]), proof_of(stage)):
             raise RunError(f"{self.folder.path}: {changed(stage.stage)} interrupted; start over with --no-resume")
+
+
+def _barred(stage: StageAtWork, craft: Craft) -> str | None:
+    """Why nobody can attack through the defence of `craft` as its attacker knows it; None where one can."""
+    shield = stage.shields[craft.seen]
+    return (shield.barred(craft.knowledge) if shield is not None else "") or None

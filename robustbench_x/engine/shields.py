@@ -15,7 +15,7 @@ from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import Dataset
 from robustbench_x.encoders.encoder import Encoder, features_of_looks
 from robustbench_x.engine.supply import Supplied, Supply
-from robustbench_x.errors import SourceError
+from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.defense_job import CALIBRATION
 from robustbench_x.fitting.imitation import arm_imitation
 from robustbench_x.plan import Stage
@@ -36,11 +36,11 @@ def arm_shields(
     """Every defence of the audit in front of `encoder`, by title, and what those that learn have learned.
 
     A defence that is fitted for an encoder learns from the training images of `dataset`, which the defender has; where
-    there are none, from the surrogate images.
+    there are none, from the surrogate images. One whose training fails is there with its failure, and whatever stands
+    behind it becomes an error.
 
     Raises:
         UsageError: An artefact cannot be had or does not belong, or a parameter is wrong.
-        SampleError: A training failed.
     """
     shields, learned = {}, {}
     for entry in config.defense:
@@ -49,9 +49,14 @@ def arm_shields(
         if not spec.fits:
             shields[entry.title] = Shield(spec=spec, defense=built, learned=_digest(spec.reads(built)))
             continue
-        found = supply.defense(spec, built, encoder, dataset)
-        learned[entry.title] = found.artifact.info(found.origin)
-        shields[entry.title] = _armed(spec, built, found, config, supply.device)
+        try:
+            found = supply.defense(spec, built, encoder, dataset)
+            shields[entry.title] = _armed(spec, built, found, config, supply.device)
+        except SampleError as error:
+            supply.progress.say(f"{entry.title}: {error}")
+            shields[entry.title] = Shield(spec=spec, defense=built, failure=str(error))
+        else:
+            learned[entry.title] = found.artifact.info(found.origin)
     return shields, learned
 
 
@@ -65,15 +70,23 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def _armed(spec: DefenseSpec, built: Any, found: Supplied, config: AuditConfig, device: torch.device) -> Shield:
+    """The defence with what it learned.
+
+    Raises:
+        SourceError: The file that was asked for is not what the defence needs.
+        SampleError: What was trained for this audit is not.
+    """
     tensors = {name: t.to(device) for name, t in found.artifact.tensors.items() if name != CALIBRATION}
+    fault = SourceError if built.artifact else SampleError
     try:
         defense = built.armed(tensors)
-    except (ValueError, KeyError) as error:
-        raise SourceError(f"{found.origin} cannot be used: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        what = f"what {spec.name} learned ({found.origin})"
+        raise fault(f"{what} cannot be used: {type(error).__name__}: {error}") from error
     threshold = None
     if spec.detects:
         if CALIBRATION not in found.artifact.tensors:
-            raise SourceError(f"{found.origin} holds no scores of clean images to set a threshold by")
+            raise fault(f"{found.origin} holds no scores of clean images to set a threshold by")
         threshold = set_threshold(found.artifact.tensors[CALIBRATION], config.refuse_rate)
     return Shield(spec=spec, defense=defense, learned=found.artifact.sha256, threshold=threshold)
 
@@ -96,17 +109,20 @@ def with_imitations(
 ) -> dict[str, Shield]:
     """`shields` with an imitation for each that an attacker of `stage` passes gradients through one of.
 
-    Raises:
-        SampleError: A training failed.
+    Where the training of one fails, its shield says so, and that attacker's cells become errors; no other's do.
     """
     needed = {craft.seen for craft in stage.crafts if craft.knowledge == "bpda_learned"}
     params = {entry.title: entry.params for entry in config.defense}
     armed = dict(shields)
-    for title in needed:
-        found = supply.imitation(shields[title], params[title], encoder)
-        armed[title] = dataclasses.replace(
-            shields[title], imitation=arm_imitation(found.artifact.tensors, supply.device)
-        )
+    for title in sorted(title for title in needed if not shields[title].failure):
+        try:
+            found = supply.imitation(shields[title], params[title], encoder)
+            imitation = arm_imitation(found.artifact.tensors, supply.device)
+        except SampleError as error:
+            supply.progress.say(f"{title}: {error}")
+            armed[title] = dataclasses.replace(shields[title], unimitated=str(error))
+        else:
+            armed[title] = dataclasses.replace(shields[title], imitation=imitation)
     return armed
 
 

@@ -13,6 +13,7 @@ from robustbench_x.data.dataset import Dataset, Item, draw_subset
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.engine.progress import Progress
 from robustbench_x.engine.shields import describe_shields
+from robustbench_x.engine.targets import Targets
 from robustbench_x.errors import DataError, NothingEvaluatedError
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.heads.build import build_head
@@ -86,7 +87,10 @@ class StageAtWork:
         self.seed = config.seed
         self.judge_draws = config.judge_draws
         self.shields: dict[str, Shield | None] = {UNDEFENDED: None, **shields}
+        self.text = loaded.text
         self.items = select_items(dataset, stage.samples, config)
+        everyone = draw_subset(dataset.test, stage.samples, seed=config.seed)
+        self.targets = Targets(everyone, self.encoder.preprocessing, seed=config.seed)
         self.heads: dict[str, FittedHead] = {}
         self.labels: dict[str, Tensor] = {}
         for name in stage.heads:
@@ -100,11 +104,12 @@ class StageAtWork:
                 seed=config.seed,
                 device=device,
                 batch_size=batch_size,
+                gallery=everyone,
                 progress=_following(progress, doing),
             ).to(device)
-            if self.heads[name].encoder is not None:
+            if "tuned_sha256" in self.heads[name].settings:
                 progress.say(f"{doing}: {_tuning_words(self.heads[name])}")
-            self.labels[name] = self.heads[name].match(dataset.classes)[[item.label for item in self.items]].to(device)
+            self.labels[name] = self.heads[name].labels(dataset.classes, self.items).to(device)
         behind = modules_within(*(shield.defense for shield in shields.values()))
         self.seal = Seal(self.encoder, *self.heads.values(), *behind)
         self._groups = [range(i, min(i + batch_size, len(self.items))) for i in range(0, len(self.items), batch_size)]
@@ -190,14 +195,18 @@ class StageAtWork:
             images=self.batch(0).images,
         )
 
+    def probe_images(self) -> Tensor:
+        """Two fixed images `(2, 3, H, W)`, the same in every run: what the proofs ask about."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(2, 3, *self.encoder.input_size, generator=generator).to(self.device)
+
     @torch.no_grad()
     def answers(self) -> dict[str, list[float]]:
         """What every head makes of two fixed images, as four fixed projections of the logits of each.
 
         Changed code or heads show here, where no digest of weights looks.
         """
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(2, 3, *self.encoder.input_size, generator=generator).to(self.device)
+        images = self.probe_images()
         features: dict[str, Tensor] = {}
         answers = {}
         for name, head in self.heads.items():

@@ -1,12 +1,12 @@
 """The checks that attack again: whether someone who tries harder breaks what resisted everything in the audit.
 
 They run with `--strict`, on a few samples of each victim at each budget. What they break changes no figure of the
-audit; it becomes a finding that says which figure is too good.
+audit; it becomes a finding that says which figure is too good. A check that cannot run is a finding as well: who asked
+for all of them must not take its silence for an answer.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,17 +17,16 @@ import torch
 from robustbench_x.config import AttackConfig
 from robustbench_x.diagnose import probe_gradient, probe_loss
 from robustbench_x.encoders.encoder import features_of_looks
-from robustbench_x.engine.craft import craft_rows
-from robustbench_x.engine.handout import AttackAtWork
-from robustbench_x.engine.stage import Batch, StageAtWork
+from robustbench_x.engine.handout import unwatched
+from robustbench_x.engine.retrial import NotRun, Retrial, Still, replaced
+from robustbench_x.engine.stage import StageAtWork
 from robustbench_x.findings import FINDINGS, finding
-from robustbench_x.plan import UNDEFENDED, Cell, Craft
+from robustbench_x.plan import Cell
 from robustbench_x.randomness import derive_seed
 from robustbench_x.registry import Registry
-from robustbench_x.result import Finding
+from robustbench_x.result import Finding, Level
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import Shield, fresh_draw, perceive
-from robustbench_x.views import Knowledge
 
 __all__ = ["strict_findings"]
 
@@ -58,27 +57,24 @@ def strict_findings(
     cells = [cell for craft in stage.stage.crafts for cell in craft.cells]
     victims = list(dict.fromkeys((cell.defense, cell.head, cell.threat) for cell in cells))
     for number, (defense, head, threat) in enumerate(victims):
-        if threat.radius == 0:
-            continue
         own = [cell for cell in cells if (cell.defense, cell.head, cell.threat) == (defense, head, threat)]
         harder = _Harder(
-            stage=stage,
-            registry=registry,
-            head=head,
-            defense=defense,
-            threat=threat,
+            again=Retrial(
+                stage=stage, registry=registry, head=head, defense=defense, threat=threat, number=-1 - number
+            ),
             cells=tuple(cell.id for cell in own),
             tried=_tried(stage, registry, own),
             standing=_standing(columns, own),
             correct=_correct(columns, own),
-            number=-1 - number,
         )
         say(f"trying harder on {harder.where}")
         found += harder.findings()
+        if threat.radius > 0:
+            found += _unwatched(stage, registry, columns, own, harder.where)
     return found
 
 
-_COLUMNS = ("cell", "position", "clean_correct", "fooled", "error")
+_COLUMNS = ("cell", "position", "clean_correct", "fooled", "seen_fooled", "late_gain", "error")
 
 
 def _of(columns: Mapping[str, np.ndarray], cells: Sequence[Cell]) -> np.ndarray:
@@ -112,6 +108,48 @@ def _tried(stage: StageAtWork, registry: Registry, cells: Sequence[Cell]) -> tup
     )
 
 
+def _unwatched(
+    stage: StageAtWork,
+    registry: Registry,
+    columns: Mapping[str, np.ndarray],
+    cells: Sequence[Cell],
+    where: str,
+) -> list[Finding]:
+    """Attacks on this victim of which nobody could say what they were answered, and why."""
+    blind: dict[tuple[str, str, Level], list[Cell]] = {}
+    for craft in stage.stage.crafts:
+        # Only who attacks this very victim is answered by it.
+        met = [cell for cell in craft.cells if cell in cells and cell.defense == craft.seen]
+        access = registry.attacks[craft.attack.name].access
+        if not met or craft.head is None or access in ("none", "encoder"):
+            continue
+        why = unwatched(stage, craft)
+        if why is not None:
+            level: Level = "warning" if why.mendable else "note"
+            blind.setdefault(("silent_success, unconverged", why.reason, level), []).extend(met)
+        elif access == "whitebox" and _too_short(columns, met):
+            few = "fewer than twenty looks at the victim, too few to see a trend"
+            blind.setdefault(("unconverged", few, "note"), []).extend(met)
+    return [
+        _not_run(f"{checks} ({', '.join(dict.fromkeys(cell.attack for cell in met))})", why, level, where, met)
+        for (checks, why, level), met in blind.items()
+    ]
+
+
+def _too_short(columns: Mapping[str, np.ndarray], cells: Sequence[Cell]) -> bool:
+    """Whether samples were watched and resisted, and of none of them is it known when it gained."""
+    index = _of(columns, cells)
+    right, fell, seen, gain = (columns[name][index].astype(float) for name in _COLUMNS[2:6])
+    stood = (right == 1) & (fell == 0) & np.isfinite(seen)
+    return bool(stood.any()) and not np.isfinite(gain[stood]).any()
+
+
+def _not_run(checks: str, why: str, level: Level, where: str, cells: Sequence[Cell | str]) -> Finding:
+    about = tuple(cell if isinstance(cell, str) else cell.id for cell in cells)
+    told = finding("check_not_run", f"{checks}: {why}", where, level=level)
+    return told.model_copy(update={"applies_to": about})
+
+
 def _spread(positions: Sequence[int]) -> tuple[int, ...]:
     """A few of `positions`, evenly spaced: data sets are often sorted by class."""
     count = min(len(positions), _SAMPLES)
@@ -123,30 +161,30 @@ def _spread(positions: Sequence[int]) -> tuple[int, ...]:
 class _Harder:
     """One victim at one budget, and everything that is tried on it again."""
 
-    stage: StageAtWork
-    registry: Registry
-    head: str
-    defense: str
-    threat: ThreatModel
+    again: Retrial
     cells: tuple[str, ...]
     tried: tuple[AttackConfig, ...]
     standing: tuple[int, ...]
     correct: tuple[int, ...]
-    number: int
 
     @property
     def where(self) -> str:
         """The victim, as findings name it."""
-        stage = self.stage.stage
-        return f"{stage.encoder} | {self.head} | {stage.data} | {self.defense} | worst_case | {self.threat}"
+        again, stage = self.again, self.stage.stage
+        return f"{stage.encoder} | {again.head} | {stage.data} | {again.defense} | worst_case | {again.threat}"
+
+    @property
+    def stage(self) -> StageAtWork:
+        """Where it is loaded."""
+        return self.again.stage
 
     @property
     def shield(self) -> Shield | None:
         """The defence."""
-        return self.stage.shields[self.defense]
+        return self.stage.shields[self.again.defense]
 
     def findings(self) -> list[Finding]:
-        """What every check comes to; one that fails is a finding of its own."""
+        """What every check comes to; one that fails is a finding of its own, and so is why others did not run."""
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
             ("unstable_loss", self._jumps),
             ("unbounded_fails", self._unbounded),
@@ -161,44 +199,57 @@ class _Harder:
                 ("more_draws_break", lambda: self._doubled("eot", "more_draws_break")),
                 ("randomness_carries", self._fixed_draw),
             ]
-        found = []
+        found: list[Finding] = []
+        idle: dict[tuple[str, Level], list[str]] = {}
         for name, check in checks:
             try:
-                results = check()
+                results = self._run(check)
+            except NotRun as why:
+                idle.setdefault((str(why), "warning" if why.mendable else "note"), []).append(name)
+                continue
             except (Exception, SystemExit) as error:  # noqa: BLE001 - it becomes an error-level finding
                 text = f"{name}: {type(error).__name__}: {error}"
                 results = [finding("strict_check_failed", text)]
             found += [f.model_copy(update={"cell": self.where, "applies_to": self.cells}) for f in results]
-        return found
+        untold = [
+            _not_run(", ".join(names), why, level, self.where, self.cells) for (why, level), names in idle.items()
+        ]
+        return found + untold
+
+    def _run(self, check: Callable[[], list[Finding]]) -> list[Finding]:
+        if self.again.threat.radius == 0:
+            raise NotRun("the budget allows no change")
+        if not self.correct:
+            raise NotRun("no sample is right when clean")
+        return check()
 
     def _jumps(self) -> list[Finding]:
         """Whether the loss that white-box attacks follow jumps around the images."""
         chosen = self.correct[:_PROBED]
-        if not chosen:
-            return []
         through = perceive(self.shield, "full")
-        encoder, head = self.stage.body(self.head), self.stage.heads[self.head]
+        name = self.again.head
+        encoder, head = self.stage.body(name), self.stage.heads[name]
 
         def see(images: torch.Tensor) -> torch.Tensor:
             logits: torch.Tensor = head(features_of_looks(encoder, through(images)))
             return logits
 
-        images = self._batch(chosen).images
+        images = self.again.batch(chosen).images
         exact = self.shield is None or (self.shield.spec.gradient == "exact" and not self.shield.spec.stochastic)
         with fresh_draw(derive_seed(self.stage.seed, "jumps"), self.stage.device):
-            doubts = probe_gradient(images, see, self.threat, loss="margin", honest=exact)
-            labels = self.stage.labels[self.head][list(chosen)]
+            doubts = probe_gradient(images, see, self.again.threat, loss="margin", honest=exact)
+            labels = self.stage.labels[name][list(chosen)]
             return probe_loss(images, see, labels, honest=exact and not doubts)
 
     def _unbounded(self) -> list[Finding]:
         """Whether anything survives a budget at which every image can be made grey; a detector may well refuse grey."""
+        if self.shield is not None and self.shield.spec.detects:
+            raise NotRun("a detector may well refuse an image that is all grey")
         chosen = _spread(self.correct)
-        if not chosen or (self.shield is not None and self.shield.spec.detects):
-            return []
-        fooled = self._fooled(_GRADIENT, {"steps": 2 * _STEPS}, chosen, threat=_UNBOUNDED)
+        fooled = self.again.fooled(_GRADIENT, {"steps": 2 * _STEPS}, chosen, threat=_UNBOUNDED)
         left = 1 - sum(fooled) / len(fooled)
-        head = self.stage.heads[self.head]
-        labels = self.stage.labels[self.head][list(chosen)].tolist()
+        head = self.stage.heads[self.again.head]
+        labels = self.stage.labels[self.again.head][list(chosen)].tolist()
         chance = max(max(labels.count(label) for label in set(labels)) / len(labels), 1 / head.num_classes)
         # One class for all images keeps those of that class right, and that is no robustness.
         if left <= chance:
@@ -208,42 +259,49 @@ class _Harder:
 
     def _doubled(self, parameter: str, kind: str) -> list[Finding]:
         """The attacks of the audit with twice as much of one parameter."""
-        found = []
+        if not self.standing:
+            return []  # everything fell already
+        if not self.tried:
+            raise NotRun("no white-box attack of the audit knew this victim", mendable=True)
+        values = {
+            entry.title: self.again.registry.attacks[entry.name].effective(entry.params).get(parameter)
+            for entry in self.tried
+        }
+        found, asked = [], False
         for entry in self.tried:
-            spec = self.registry.attacks[entry.name]
-            if parameter not in {p.name for p in spec.params}:
-                continue
-            value = spec.effective(entry.params)[parameter]
+            value = values[entry.title]
             if isinstance(value, int):
-                params = {**entry.params, parameter: 2 * value}
+                params, asked = {**entry.params, parameter: 2 * value}, True
                 found += self._broken(kind, entry.name, params, f"{entry.title} with {parameter}={2 * value}")
+        if not asked:
+            raise NotRun(f"no parameter {parameter} to double in {', '.join(values)}")
         return found
 
     def _single_step(self) -> list[Finding]:
-        params = {"steps": 1, "step_size": self.threat.radius, "random_start": False}
+        params = {"steps": 1, "step_size": self.again.threat.radius, "random_start": False}
         return self._broken("single_step_wins", _GRADIENT, params, "one step of the gradient's sign")
 
     def _by_queries(self, name: str, queries: int, kind: str) -> list[Finding]:
         if self.shield is not None and self.shield.spec.detects:
-            return []  # a query attack does not know how to evade
+            raise NotRun("a query attack does not know how to evade a detector")
         return self._broken(kind, name, {"queries": queries}, f"{name} with {queries} queries")
 
     def _fixed_draw(self) -> list[Finding]:
         """Whether the attack wins at least when the defence's randomness is known and stands still."""
         shield, chosen = self.shield, _spread(self.correct)
         assert shield is not None, "a random defence"
-        if not chosen:
-            return []
         still = dataclasses.replace(
             shield,
             spec=dataclasses.replace(shield.spec, stochastic=False),
-            defense=_Still(shield.defense, derive_seed(self.stage.seed, "still"), self.stage.device),
+            defense=Still(shield.defense, derive_seed(self.stage.seed, "still"), self.stage.device),
         )
-        with _replaced(self.stage.shields, self.defense, still):
-            rows = self._rows(_GRADIENT, {"steps": 2 * _STEPS}, chosen, fresh=True)
+        with replaced(self.stage.shields, self.again.defense, still):
+            rows = self.again.rows(_GRADIENT, {"steps": 2 * _STEPS}, chosen, fresh=True)
         # Some that most draws get right are wrong on this one, attacked or not.
         fooled = [bool(row["fooled"]) for row in rows if row["clean_correct"]]
-        if not fooled or (won := sum(fooled) / len(fooled)) >= _FIXED:
+        if not fooled:
+            raise NotRun("no sample that was tried is right on the fixed draw")
+        if (won := sum(fooled) / len(fooled)) >= _FIXED:
             return []
         text = f"with one draw fixed, {won:.0%} of {len(fooled)} correct samples fall"
         return [finding("randomness_carries", text, figure=won)]
@@ -252,8 +310,8 @@ class _Harder:
         """The finding `kind`, where the attack breaks a large enough share of the correct samples that had resisted."""
         chosen = _spread(self.standing)
         if not chosen:
-            return []
-        fell = sum(self._fooled(name, params, chosen))
+            return []  # everything fell already
+        fell = sum(self.again.fooled(name, params, chosen))
         # Only part of what resisted was tried: the share is scaled up to all of it.
         share = fell / len(chosen) * len(self.standing) / len(self.correct)
         limit = FINDINGS[kind].threshold or 0.0
@@ -261,118 +319,3 @@ class _Harder:
             return []
         text = f"{words} breaks {fell} of {len(chosen)} samples that had resisted every attack"
         return [finding(kind, text, figure=share)]
-
-    def _fooled(
-        self,
-        name: str,
-        params: Mapping[str, Any],
-        positions: Sequence[int],
-        *,
-        threat: ThreatModel | None = None,
-    ) -> list[bool]:
-        """Whether the attack `name`, knowing the defence, breaks each of the samples at `positions`.
-
-        Raises:
-            RuntimeError: A sample could not be judged.
-        """
-        if (threat or self.threat).norm not in self.registry.attacks[name].norms:
-            return [False] * len(positions)
-        return [bool(row["fooled"]) for row in self._rows(name, params, positions, threat=threat)]
-
-    def _rows(
-        self,
-        name: str,
-        params: Mapping[str, Any],
-        positions: Sequence[int],
-        *,
-        threat: ThreatModel | None = None,
-        fresh: bool = False,
-    ) -> list[dict[str, Any]]:
-        """The rows of the attack `name` on the samples at `positions`; `fresh` forgets how they are read when clean."""
-        spec = self.registry.attacks[name]
-        threat = threat or self.threat
-        knowledge: Knowledge = "none" if self.defense == UNDEFENDED else "full"
-        entry = AttackConfig(name=name, label=f"strict:{name}", **params)
-        cell = Cell(
-            encoder=self.stage.stage.encoder,
-            head=self.head,
-            data=self.stage.stage.data,
-            defense=self.defense,
-            knowledge=knowledge,
-            attack=entry.title,
-            threat=threat,
-        )
-        craft = Craft(
-            attack=entry,
-            threat=threat,
-            head=self.head,
-            seen=self.defense,
-            knowledge=knowledge,
-            # Whoever leaves the batch would shift the draws of those who stay.
-            exhaustive=fresh,
-            cells=(cell,),
-        )
-        work = AttackAtWork(craft=craft, spec=spec, attack=spec.build(params), surrogate=None)
-        batch = self._batch(positions)
-        if fresh:
-            self.stage.forget(batch)
-        rows = craft_rows(self.stage, work, batch, self.stage.config, slice(0, len(batch.images)))
-        if fresh:
-            self.stage.forget(batch)
-        errors = [row["error"] for row in rows if row.get("error") is not None]
-        if errors:
-            raise RuntimeError(errors[0])
-        return rows
-
-    def _batch(self, positions: Sequence[int]) -> Batch:
-        """The samples at `positions` as a batch of their own."""
-        stage = self.stage
-        picked: dict[int, tuple[torch.Tensor, str]] = {}
-        for number in range(stage.num_batches):
-            batch = stage.batch(number)
-            for place, position in enumerate(batch.positions):
-                if position in positions:
-                    picked[position] = (batch.images[place], batch.digests[place])
-        # A number of its own for these very samples, so that clean features are never those of others.
-        number = -1 - derive_seed("strict", self.number, *positions)
-        return Batch(
-            number=number,
-            images=torch.stack([picked[p][0] for p in positions]),
-            items=tuple(stage.items[p] for p in positions),
-            positions=tuple(positions),
-            digests=tuple(picked[p][1] for p in positions),
-            unreadable={},
-        )
-
-
-@final
-@dataclass(frozen=True)
-class _Still:
-    """A random defence whose draw is always the same."""
-
-    defense: Any
-    seed: int
-    device: torch.device
-
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """The images of that draw."""
-        with fresh_draw(self.seed, self.device):
-            out: torch.Tensor = self.defense.apply(images)
-        return out
-
-    def stand_in(self, images: torch.Tensor) -> torch.Tensor:
-        """The stand-in of that draw."""
-        with fresh_draw(self.seed, self.device):
-            out: torch.Tensor = self.defense.stand_in(images)
-        return out
-
-
-@contextmanager
-def _replaced(held: dict[str, Shield | None], name: str, value: Shield) -> Iterator[None]:
-    """One entry of a dict replaced for a while."""
-    before = held[name]
-    held[name] = value
-    try:
-        yield
-    finally:
-        held[name] = before

@@ -18,11 +18,12 @@ from robustbench_x.engine.progress import Progress
 from robustbench_x.errors import SampleError, SourceError
 from robustbench_x.fitting.artifact import Artifact, check_artifact, read_artifact, write_artifact
 from robustbench_x.fitting.defense_job import DefenseJob, decisive
-from robustbench_x.fitting.ground import Ground, Job, Pool, make_pool
+from robustbench_x.fitting.ground import Ground, Job, Pool, make_pool, stream_pool
 from robustbench_x.fitting.harden import HardenJob, Inner
 from robustbench_x.fitting.imitation import ImitationJob
 from robustbench_x.fitting.job import FitJob
 from robustbench_x.fitting.patches import make_patches
+from robustbench_x.fitting.stream import stream_digest
 from robustbench_x.hardening import Hardening, HardeningSpec
 from robustbench_x.integrity import Seal
 from robustbench_x.plan import UNDEFENDED
@@ -31,6 +32,7 @@ from robustbench_x.registry import Registry
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import Shield
 from robustbench_x.views import Knowledge
+from robustbench_x.world import SINGLE, World
 
 __all__ = ["DEFAULT_SURROGATE", "SHIPPED", "Perceived", "Supplied", "Supply", "find_defense"]
 
@@ -61,18 +63,27 @@ UNSEEN = Perceived()
 @final
 @dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What every training of one command shares. `open_dataset` opens a data source; `fresh` ignores the cache."""
+    """What every training of one command shares. `open_dataset` opens a data source; `fresh` ignores the cache.
+
+    `samples` is None for every surrogate image there is, which only `stream`, which leaves them in their files, takes.
+    `world` has the processes that train together, `log` is a file for the losses of every step, and `every` the seconds
+    between two checkpoints.
+    """
 
     registry: Registry
     open_dataset: Callable[[str], Dataset]
     surrogate: str | None
-    samples: int
+    samples: int | None
     seed: int
     device: torch.device
     progress: Progress
     bf16: bool = False
     allow_pickle: bool = False
     fresh: bool = False
+    stream: bool = False
+    world: World = SINGLE
+    log: Path | None = None
+    every: float = 20.0
     _pools: dict[tuple[str, tuple[int, int], str], Pool] = field(default_factory=dict, init=False, repr=False)
     """Decoded images by encoder, size and source: every attack on an encoder trains on the same."""
     _loaded: dict[str, Encoder] = field(default_factory=dict, init=False, repr=False)
@@ -224,6 +235,8 @@ class Supply:
             seed=self.seed,
             device=self.device,
             bf16=self.bf16,
+            world=self.world,
+            log=self.log,
         )
 
     def _pool(self, encoder: Encoder, dataset: Dataset | None = None) -> Pool:
@@ -236,6 +249,10 @@ class Supply:
 
     def _decoded(self, encoder: Encoder, dataset: Dataset, source: str) -> Pool:
         items = draw_subset(dataset.train or dataset.test, self.samples, seed=self.seed)
+        if self.stream:
+            self.progress.task(f"taking the digest of {len(items)} images of {source}")
+            sha256 = self.world.told(stream_digest(items) if self.world.rank == 0 else "")
+            return stream_pool(source, items, encoder.preprocessing, sha256)
         self.progress.task(f"reading {len(items)} images of {source}")
         pool = make_pool(source, items, encoder.preprocessing)
         for message in pool.unreadable:
@@ -243,6 +260,7 @@ class Supply:
         return pool
 
     def _patches(self, side: int) -> Pool:
+        assert self.samples is not None, "only a stream is of every image"
         source = self.surrogate or DEFAULT_SURROGATE
         key = "", (side, side), source
         if key not in self._pools:
@@ -261,14 +279,11 @@ class Supply:
         """Trained now or earlier; an interrupted training goes on. One that tampered with a model is thrown away."""
         path = cache.cache_dir() / "fits" / f"{job.cache_key()}.safetensors"
         checkpoint = path.with_suffix(".partial.safetensors")
-        if self.fresh:
-            path.unlink(missing_ok=True)
-            checkpoint.unlink(missing_ok=True)
-        if path.exists():
-            try:
-                return Supplied(read_artifact(path), "fitted earlier with these settings")
-            except SourceError:
-                self.progress.say(f"{path} is damaged: it is made again")
+        leads = self.world.rank == 0
+        if earlier := self.world.told(self._earlier(path, checkpoint) if leads else None):
+            if self.log is not None:
+                self.progress.say(f"{self.log} is left as it is: nothing is trained, as this was fitted earlier")
+            return earlier
         name, public = job.name, job.ground.public
         source = job.ground.pool.source if public is None else public.source
         self.progress.task(f"fitting {name} on {source}")
@@ -280,21 +295,37 @@ class Supply:
         seals = [Seal(*job.untouchable), *([] if outer is None else [outer])]
         try:
             with isolated(self.seed, self.device):
-                artifact = job.run(checkpoint, show)
+                artifact = job.run(checkpoint, show, every=self.every)
         except (Exception, SystemExit) as error:  # a plugin that leaves must not end an audit with its own code
             raise SampleError(f"the training of {name} failed: {type(error).__name__}: {error}") from error
         finally:
             broken = [problem for seal in seals if (problem := _restored(seal)) is not None]
-            if broken:
+            if broken and leads:
                 checkpoint.unlink(missing_ok=True)
         if broken:
             raise SampleError(f"during the training of {name}: {broken[0]}")
-        write_artifact(path, artifact)
-        checkpoint.unlink(missing_ok=True)
+        if leads:
+            write_artifact(path, artifact)
+            checkpoint.unlink(missing_ok=True)
         made = artifact.provenance
+        if made.streamed and (lost := made.surrogate_unreadable):
+            self.progress.say(f"{lost} of the images could not be read; others took their place")
         images = f" with {made.surrogate}: {made.steps} steps" if made.surrogate_samples else ""
         self.progress.say(f"{name} fitted on {made.encoder}{images}, {made.seconds:.0f} s")
         return Supplied(artifact, "fitted for this run")
+
+    def _earlier(self, path: Path, checkpoint: Path) -> Supplied | None:
+        """What the cache holds under `path`; where it is not wanted, or damaged, it goes."""
+        if self.fresh:
+            path.unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
+        if not path.exists():
+            return None
+        try:
+            return Supplied(read_artifact(path), "fitted earlier with these settings")
+        except SourceError:
+            self.progress.say(f"{path} is damaged: it is made again")
+            return None
 
 
 def _restored(seal: Seal) -> str | None:

@@ -20,13 +20,15 @@ from robustbench_x.encoders.encoder import Encoder, Preprocessing
 from robustbench_x.errors import DataError
 from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.loop import Show, Trained, run_training
+from robustbench_x.fitting.stream import Stream, StreamedImages
 from robustbench_x.plugin import Spec, Trainer
 from robustbench_x.randomness import derive_seed
 from robustbench_x.result import Provenance, Threat
 from robustbench_x.threat import ThreatModel
-from robustbench_x.views import ImagePool, Meter
+from robustbench_x.views import ImagePool, Images, Meter
+from robustbench_x.world import SINGLE, World
 
-__all__ = ["Ground", "Job", "Pool", "code_digest", "device_name", "make_pool"]
+__all__ = ["Ground", "Job", "Pool", "code_digest", "device_name", "make_pool", "stream_pool"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
@@ -35,7 +37,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 class Pool:
     """Surrogate images at one size: `levels` `(M, 3, H, W)` uint8, their source and digest.
 
-    `starts` has the place of each file's first image, where a file gives several.
+    `starts` has the place of each file's first image, where a file gives several. Images that stay in their files are
+    in `stream`, and then `levels` is empty and `sha256` is over the files.
     """
 
     source: str
@@ -43,6 +46,10 @@ class Pool:
     sha256: str
     unreadable: tuple[str, ...] = ()
     starts: tuple[int, ...] = ()
+    stream: Stream | None = None
+
+    def __len__(self) -> int:
+        return len(self.levels) if self.stream is None else len(self.stream)
 
     @classmethod
     def empty(cls, input_size: tuple[int, int]) -> "Pool":
@@ -67,6 +74,13 @@ def make_pool(source: str, items: Sequence[Item], preprocessing: Preprocessing) 
     stacked = torch.stack(levels)
     digest = hashlib.sha256(stacked.numpy().tobytes()).hexdigest()
     return Pool(source=source, levels=stacked, sha256=digest, unreadable=tuple(unreadable))
+
+
+def stream_pool(source: str, items: Sequence[Item], preprocessing: Preprocessing, sha256: str) -> Pool:
+    """`items` for one encoder, decoded when asked for; `sha256` is their `stream_digest`."""
+    stream = Stream(source, items, preprocessing)
+    empty = torch.empty((0, 3, *preprocessing.input_size), dtype=torch.uint8)
+    return Pool(source=source, levels=empty, sha256=sha256, stream=stream)
 
 
 class Job(Protocol):
@@ -97,7 +111,8 @@ class Ground:
     """The part of a training that is no plugin's. `public` and `partners` stand on `device`.
 
     `public` is the encoder that is fitted on, None for a defence that serves them all. `threat` is a budget of zero for
-    a defence, which learns from clean images alone.
+    a defence, which learns from clean images alone. `world` has the processes that train; `log` is a file for the
+    losses of every step.
     """
 
     public: Encoder | None
@@ -107,6 +122,8 @@ class Ground:
     device: torch.device
     bf16: bool = False
     partners: tuple[Encoder, ...] = ()
+    world: World = SINGLE
+    log: Path | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -131,7 +148,7 @@ class Ground:
             [spec.name, code_digest(spec.factory.__module__)],
             params,
             [[encoder.sha256, encoder.input_size] for encoder in self.encoders],
-            [self.pool.sha256, len(self.pool.levels)],
+            [self.pool.sha256, len(self.pool)],
             [threat.norm, threat.eps, threat.placement if threat.norm == "patch" else ""],
             [self.seed, self.bf16],
             more,
@@ -147,8 +164,10 @@ class Ground:
         """A place of its own for each plugin, as in the audit, so that two never share their draws."""
         return derive_seed(self.seed, "fit", name)
 
-    def surrogate(self) -> ImagePool:
+    def surrogate(self) -> Images:
         """The images as a plugin is handed them."""
+        if self.pool.stream is not None:
+            return StreamedImages(self.pool.stream, device=self.device)
         return ImagePool(self.pool.levels, device=self.device)
 
     def train(
@@ -165,7 +184,7 @@ class Ground:
         """Runs a training of the plugin `name` to its end; see `run_training`."""
         return run_training(
             make,
-            pool=len(self.pool.levels),
+            pool=len(self.pool),
             seed=self.plugin_seed(name),
             meter=meter,
             device=self.device,
@@ -173,6 +192,9 @@ class Ground:
             key=key if checkpoint is None else self.cache_key(key),
             every=every,
             show=show,
+            stream=self.pool.stream,
+            world=self.world,
+            log=self.log,
         )
 
     def provenance(self, spec: Spec, params: Mapping[str, Any], key: str, trained: Trained, **more: Any) -> Provenance:
@@ -189,7 +211,7 @@ class Ground:
             partners_sha256=tuple(encoder.sha256 for encoder in self.partners),
             surrogate=self.pool.source,
             surrogate_sha256=self.pool.sha256,
-            surrogate_samples=len(self.pool.levels),
+            surrogate_samples=len(self.pool),
             threat=Threat(
                 norm=threat.norm, eps=threat.eps, placement=threat.placement if threat.norm == "patch" else None
             ),
@@ -205,6 +227,9 @@ class Ground:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             packages={name: version(name) for name in _PACKAGES},
             key=key,
+            streamed=self.pool.stream is not None,
+            surrogate_unreadable=len(self.pool.unreadable) + len(trained.lost),
+            processes=self.world.size,
             **more,
         )
 

@@ -65,6 +65,8 @@ def find_inner(registry: Registry, hardening: AttackedHardening, threat: ThreatM
             f"inner={hardening.inner}: {spec.name} needs access {spec.access}, but an encoder is hardened without any "
             "head; take an attack with access encoder"
         )
+    if spec.aims:
+        raise ConfigError(f"inner={hardening.inner}: {spec.name} aims at target images, and a hardening has none")
     if threat.norm not in spec.norms:
         raise ConfigError(
             f"inner={hardening.inner}: {spec.name} has no norm '{threat.norm}'; it has {', '.join(spec.norms)}"

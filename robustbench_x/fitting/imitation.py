@@ -19,7 +19,7 @@ from robustbench_x.integrity import modules_within
 from robustbench_x.plugin import Spec, param
 from robustbench_x.randomness import derive_seed
 from robustbench_x.victim import Shield
-from robustbench_x.views import ImagePool, Meter, Perceive
+from robustbench_x.views import Images, Meter, Perceive
 
 __all__ = ["ImitationJob", "Imitator", "arm_imitation"]
 
@@ -65,7 +65,7 @@ class ImitationRecipe:
 class _Trainer:
     """Adam on the mean squared distance to what the defence makes of clean and of noisy images."""
 
-    def __init__(self, shield: Shield, images: ImagePool, device: torch.device, recipe: ImitationRecipe) -> None:
+    def __init__(self, shield: Shield, images: Images, device: torch.device, recipe: ImitationRecipe) -> None:
         self.steps, self.batch = recipe.steps, min(recipe.batch, len(images))
         self._shield = shield
         self._images = images

@@ -105,4 +105,6 @@ class FitJob:
             seed=ground.plugin_seed(self.name),
             device=ground.device,
             partners=tuple(handle(encoder) for encoder in ground.partners),
+            world=ground.world,
+            bf16=ground.bf16,
         )

@@ -10,13 +10,16 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from robustbench_x.data.dataset import Item
 from robustbench_x.encoders.encoder import Encoder
 from robustbench_x.errors import DataError, near_matches
 from robustbench_x.heads.tuning.scheme import Scheme
 
-__all__ = ["FittedHead", "HeadSpec", "Ranking", "Task"]
+__all__ = ["CAPTIONED", "FittedHead", "HeadSpec", "Ranking", "Task"]
 
-Task = Literal["classification", "retrieval"]
+Task = Literal["classification", "retrieval", "image_text", "entailment", "captioning"]
+CAPTIONED: tuple[Task, ...] = ("image_text", "entailment", "captioning")
+"""Tasks whose logits stand for groups of captions, each the captions of one image."""
 
 
 class Ranking(NamedTuple):
@@ -36,7 +39,9 @@ class FittedHead(nn.Module):
         num_classes: K.
         aliases: Class names (and ids) to logit index.
         settings: How it was made, for the report.
-        task: `retrieval` when the layer also has `rank(features, labels)`.
+        task: `retrieval` when the layer also has `rank(features, labels)`. Of those in `CAPTIONED` it has
+            `scores(features)`, and its logits stand for groups of captions, with `aliases` by image id; `captioning`
+            has `say(features)` too.
         encoder: The tuned encoder whose features it reads; None: those of the public one.
         changed: Names in that encoder's backbone's state dict that the public one lacks or has otherwise.
     """
@@ -73,6 +78,27 @@ class FittedHead(nn.Module):
         """How well the gallery is ranked for queries of `labels` `(N,)`; only where the task is `retrieval`."""
         ranking: Ranking = self.layer.rank(features, labels)  # type: ignore[operator]
         return ranking
+
+    def scores(self, features: Tensor) -> list[Tensor]:
+        """Per group of captions, the scores `(N, texts of the group)`; only where the task is one of `CAPTIONED`."""
+        scores: Tensor = self.layer.scores(features)  # type: ignore[operator]
+        sizes = torch.bincount(self.layer.group, minlength=self.num_classes)  # type: ignore[arg-type]
+        return list(torch.split(scores, sizes.tolist(), dim=1))
+
+    def say(self, features: Tensor) -> list[str]:
+        """What the model says of each image; only where the task is `captioning`."""
+        said: list[str] = self.layer.say(features)  # type: ignore[operator]
+        return said
+
+    def labels(self, classes: Sequence[str], items: Sequence[Item]) -> Tensor:
+        """The logit index that is right for each of `items`, `(len(items),)` int64.
+
+        Raises:
+            DataError: See `match`.
+        """
+        if self.task in CAPTIONED:
+            return torch.tensor([self.aliases[item.id] for item in items], dtype=torch.long)
+        return self.match(classes)[[item.label for item in items]]
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """From a head's name to a head ready to judge: read, wrapped, fitted, or tuned on the training split."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_x import cache
-from robustbench_x.data.dataset import Dataset
+from robustbench_x.data.dataset import Dataset, Item
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.errors import ConfigError, DataError, SampleError, SourceError
 from robustbench_x.heads.base import FittedHead, HeadSpec
 from robustbench_x.heads.features import Features, content_digest, features_of
+from robustbench_x.heads.reader import READERS, build_reader_head
 from robustbench_x.heads.saved import read_head, save_head
+from robustbench_x.heads.text import build_captions, build_zero_shot
 from robustbench_x.heads.tuning.recipe import Tell
 from robustbench_x.heads.tuning.supply import supply_tuned
+from robustbench_x.imagetext.victims import load_reader
 
 if TYPE_CHECKING:
     from robustbench_x.registry import Registry
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Features", "build_head", "features_of", "save_head"]
 
 _PART = 256
+_READERS = tuple(spec.name for spec in READERS)
 _SHOWN = 5
 
 
@@ -35,6 +40,7 @@ def build_head(
     seed: int,
     device: torch.device,
     batch_size: int,
+    gallery: Sequence[Item] = (),
     progress: Tell | None = None,
 ) -> FittedHead:
     """The head called `name` for one encoder and one data set, on `device`.
@@ -48,6 +54,7 @@ def build_head(
         seed: Decides what a fit draws.
         device: Where features are computed and the head ends up.
         batch_size: Images per forward pass.
+        gallery: The evaluated images of all shards, whose captions head `captions` ranks.
         progress: Told in a few words about training images encoded and epochs trained.
 
     Raises:
@@ -60,10 +67,19 @@ def build_head(
     """
     kind, colon, path = name.partition(":")
     spec = registry.heads[kind]
-    if (kind == "file") != bool(path) or (colon and not path):
-        raise ConfigError(f"head '{name}': only file takes a path, and it needs one: file:HEAD.safetensors")
+    if (kind == "file" or kind in _READERS) != bool(path) or (colon and not path):
+        raise ConfigError(
+            f"head '{name}': only file takes a path, and {', '.join(_READERS)} a source, and they need one: "
+            "file:HEAD.safetensors, caption:hf:ORG/NAME"
+        )
     if kind == "native":
         return _native(loaded).to(device)
+    if kind == "zero_shot":
+        return build_zero_shot(loaded, dataset).to(device)
+    if kind == "captions":
+        return build_captions(loaded, gallery).to(device)
+    if kind in _READERS:
+        return build_reader_head(name, loaded=loaded, gallery=gallery, load=load_reader).to(device)
     if kind == "file":
         return read_head(Path(path), name=name, encoder=loaded.encoder, registry=registry).to(device)
     if not dataset.train:

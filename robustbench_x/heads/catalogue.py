@@ -1,6 +1,6 @@
 """The heads that ship with the core."""
 
-from robustbench_x.heads import knn, linear, mlp, prototype, retrieval
+from robustbench_x.heads import knn, linear, mlp, prototype, reader, retrieval, text
 from robustbench_x.heads.base import HeadSpec
 from robustbench_x.heads.tuning.adapter import adapter
 from robustbench_x.heads.tuning.full import full
@@ -22,6 +22,9 @@ HEADS: tuple[HeadSpec, ...] = (
     knn.SPEC,
     prototype.SPEC,
     retrieval.SPEC,
+    text.ZERO_SHOT,
+    text.CAPTIONS,
+    *reader.READERS,
     tuned(lora(), "tuned victim: low-rank updates of a copy of the encoder (LoRA), and a linear classifier"),
     tuned(adapter(), "tuned victim: bottlenecks after the layers of a copy of the encoder, and a linear classifier"),
     tuned(full(), "tuned victim: every weight of a copy of the encoder, and a linear classifier"),

@@ -29,6 +29,9 @@ def render_markdown(report: Report, decision: Decision, *, limit: int = LIMIT) -
         *_defenses(report),
         _findings(report.findings),
         _retrieval(report),
+        _image_text(report),
+        _described(report),
+        _targeted(report),
         *_layers(report),
         *_transfer(report),
         *_victims(report),
@@ -159,6 +162,65 @@ def _retrieval(report: Report) -> str:
     ]
     header = ("encoder and data", "defence (knowledge)", "attack", "budget", "map@10", "recall@1", "recall@10")
     return f"### Retrieval, clean to attacked\n\n{table(header, rows)}" if rows else ""
+
+
+def _image_text(report: Report) -> str:
+    """Captions ranked by images and images by captions, before and after, and for the captions of the targets."""
+    rows = [
+        (
+            f"{cell.encoder} on {cell.data}",
+            shield(cell),
+            cell.attack,
+            threat_text(cell.threat),
+            *(_pair(cell, metric) for metric in ("tr@1", "ir@1", "r@mean")),
+            percent(_value(cell, "target_r@mean")),
+        )
+        for cell in report.cells
+        if cell.task == "image_text"
+    ]
+    columns = ("TR@1", "IR@1", "R@Mean", "R@Mean of the targets")
+    header = ("encoder and data", "defence (knowledge)", "attack", "budget", *columns)
+    return f"### Image-text retrieval, clean to attacked\n\n{table(header, rows)}" if rows else ""
+
+
+def _described(report: Report) -> str:
+    """What vision-language models say, before and after, and how well it fits the target."""
+    rows = [
+        (
+            f"{cell.head} on {cell.data}, attacked on {cell.encoder}",
+            shield(cell),
+            cell.attack,
+            threat_text(cell.threat),
+            *(_three(cell, metric, digits) for metric, digits in (("cider", 2), ("bleu4", 2), ("rouge_l", 2))),
+        )
+        for cell in report.cells
+        if cell.task == "captioning"
+    ]
+    header = ("victim", "defence (knowledge)", "attack", "budget", "CIDEr", "BLEU-4", "ROUGE-L")
+    note = "On clean images, on attacked ones against the captions of the original, and against those of the target."
+    return f"### What the model says\n\n{note}\n\n{table(header, rows)}" if rows else ""
+
+
+def _three(cell: CellResult, metric: str, digits: int) -> str:
+    return " / ".join(_number(cell, f"{prefix}{metric}", digits=digits) for prefix in ("clean_", "", "target_"))
+
+
+def _targeted(report: Report) -> str:
+    """How often an attack that aims hits: the victim takes the image for the target's class."""
+    rows = [
+        (
+            f"{cell.encoder} + {cell.head} head on {cell.data}",
+            shield(cell),
+            cell.attack,
+            threat_text(cell.threat),
+            figure(cell.metrics["targeted_success"]),
+            figure(cell.metrics.get("asr", _UNMEASURED)),
+        )
+        for cell in report.cells
+        if "targeted_success" in cell.metrics
+    ]
+    header = ("victim", "defence (knowledge)", "attack", "budget", "taken for the target", "attack success")
+    return f"### Targeted attacks\n\n{table(header, rows)}" if rows else ""
 
 
 def _pair(cell: CellResult, metric: str) -> str:

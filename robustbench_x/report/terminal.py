@@ -78,8 +78,20 @@ def _title(encoder: str, head: str, data: str, cells: Sequence[CellResult]) -> T
 _COLUMNS = {
     "classification": ("attack", "defence", "clean", "robust accuracy", "attack success", "8-bit", "s/img"),
     "retrieval": ("attack", "defence", "clean", "map@10", "recall@1", "clean@1", "s/img"),
+    "image_text": ("attack", "defence", "clean", "TR@1", "IR@1", "target", "s/img"),
+    "entailment": ("attack", "defence", "clean", "entailed", "attack success", "target", "s/img"),
+    "captioning": ("attack", "defence", "clean", "robust accuracy", "attack success", "target", "s/img"),
 }
-"""`clean` is the clean accuracy, or the clean map@10; `clean@1` the clean recall@1."""
+"""`clean` is the clean accuracy, map@10, TR@1 or share entailed; `clean@1` the clean recall@1; `target` how often the
+texts of the target come first, are entailed, or fit best."""
+_FIGURES = {
+    "classification": ("clean_accuracy", "robust_accuracy", "asr", "asr_8bit"),
+    "retrieval": ("clean_map@10", "map@10", "recall@1", "clean_recall@1"),
+    "image_text": ("clean_tr@1", "tr@1", "ir@1", "target_tr@1"),
+    "entailment": ("clean_entailed", "entailed", "asr", "target_entailed"),
+    "captioning": ("clean_accuracy", "robust_accuracy", "asr", "targeted_success"),
+}
+"""What stands in the third to the sixth column."""
 
 
 def _victim_table(cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Table:
@@ -91,7 +103,7 @@ def _victim_table(cells: Sequence[CellResult], worst: Sequence[WorstCase]) -> Ta
         table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold", min_width=least)
     for cell in cells:
         table.add_row(*_row(cell, several), style="dim" if cell.control else "")
-    if cells[0].task == "classification":
+    if cells[0].task in ("classification", "captioning"):
         table.add_section()
         for w in worst:
             name = f"worst case {threat_text(w.threat)}" if several else "worst case"
@@ -107,12 +119,7 @@ def _row(cell: CellResult, several: bool) -> tuple[Text | str, ...]:
     if any(f.level != "note" for f in cell.flags):
         label.append(" !", style="yellow")
     seconds = _value(cell, "seconds")
-    ranked = cell.task == "retrieval"
-    clean, figures, last = (
-        ("clean_map@10", ("map@10", "recall@1"), "clean_recall@1")
-        if ranked
-        else ("clean_accuracy", ("robust_accuracy", "asr"), "asr_8bit")
-    )
+    clean, *figures, last = _FIGURES[cell.task]
     return (
         label,
         Text(plain(shield(cell), 80)),

@@ -149,7 +149,10 @@ def make_view(
     if access == "encoder":
         handle = EncoderHandle(victim.encoder, lambda images: images, meter)
         partner = EncoderHandle(toy_victim(seed=1).encoder, lambda images: images, meter)
-        return EncoderView(**shared, encoder=handle, artifact=artifact, partners=(partner,))
+        # Neighbours are of other classes: see toy_victim.
+        return EncoderView(
+            **shared, encoder=handle, artifact=artifact, partners=(partner,), targets=victim.images.roll(1, dims=0)
+        )
     shared |= {"labels": victim.labels.clone(), "num_classes": victim.head.num_classes}
     if access == "whitebox":
         return WhiteboxView(**shared, model=ModelHandle(victim.logits, meter))

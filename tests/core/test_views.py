@@ -65,6 +65,7 @@ def test_encoder_access_reaches_neither_head_nor_labels() -> None:
     assert _found(view, victim) == []
     assert {f.name for f in dataclasses.fields(view)} == {
         "inputs", "threat", "random", "exhaustive", "encoder", "surrogate", "artifact", "partners",
+        "targets", "target_texts",
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from project import PGD, TINY, Audited, audit, audit_config, defense, registry, value
 from robustbench_x.engine.fit import FitRequest, fit_plugin
 from robustbench_x.engine.shields import set_threshold
-from robustbench_x.errors import ConfigError, SampleError
+from robustbench_x.errors import ConfigError
 from robustbench_x.fitting import Artifact, read_artifact
 from robustbench_x.fitting.defense_job import CALIBRATION, DefenseJob
 from robustbench_x.metrics import _auroc
@@ -461,8 +461,14 @@ def test_a_score_that_is_not_a_number_is_never_robust(images: Path, tmp_path: Pa
 
 def test_clean_images_without_a_score_cannot_set_a_threshold(images: Path, tmp_path: Path) -> None:
     shields = [{"name": "rough", "limit": 0.0}]
-    with pytest.raises(SampleError, match="rough gives clean images scores that are not finite"):
-        audit(audit_config(images, attacks=["noise"], defenses=shields, samples=4), tmp_path / "out", ROUGH)
+    done = audit(audit_config(images, attacks=[PGD], defenses=shields, samples=4), tmp_path / "out", ROUGH)
+    behind = [cell for cell in done.report.cells if cell.defense == "rough"]
+    assert {cell.knowledge for cell in behind} == {"oblivious", "full"}
+    for cell in behind:
+        assert cell.n_errors == 4
+        assert all("rough gives clean images scores that are not finite" in row["error"] for row in done.of(cell))
+    assert all(cell.n_errors == 0 for cell in done.report.cells if cell.defense == "none")
+    assert done.decide().exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -127,4 +127,4 @@ def test_sizes_are_multiples_of_the_patch() -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="did you mean dinov2_vits14"):
         _load("dinov2_vits16")
-    assert SOURCE.names == ("efficientnet_lite0", "dinov2_vits14")
+    assert SOURCE.names == ("efficientnet_lite0", "dinov2_vits14", "conse_minilm")

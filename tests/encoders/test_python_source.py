@@ -62,7 +62,7 @@ def make():
 
 
 def test_a_plain_module_is_encoder_and_head_at_once(load: Loader) -> None:
-    encoder, classifier = load(_MAKE)
+    encoder, classifier, _ = load(_MAKE)
     assert (encoder.input_size, encoder.feature_dim) == ((32, 32), 6)
     assert classifier is not None
     assert classifier.num_classes == 6
@@ -92,7 +92,7 @@ def test_its_layers_are_hooked_and_a_shallow_pass_stops_early(load: Loader) -> N
 
 
 def test_defaults_without_attributes(load: Loader) -> None:
-    encoder, classifier = load("make = Net")
+    encoder, classifier, _ = load("make = Net")
     assert (encoder.input_size, encoder.layers) == ((224, 224), ())
     assert classifier is not None
     assert classifier.aliases == {str(i): i for i in range(6)}
@@ -121,7 +121,7 @@ class Drifting(Net):
 
 
 def test_a_timm_model_is_treated_as_one(load: Loader) -> None:
-    encoder, classifier = load(
+    encoder, classifier, _ = load(
         "import timm\ndef make():\n    return timm.create_model('vit_tiny_patch16_224', depth=2)"
     )
     assert encoder.preprocessing.mean == (0.5, 0.5, 0.5)

@@ -43,7 +43,7 @@ def state() -> dict[str, Tensor]:
 @torch.no_grad()
 def test_a_checkpoint_loads_with_its_classifier_and_digest(tmp_path: Path, state: dict[str, Tensor]) -> None:
     rest = _saved(tmp_path / "w.safetensors", state)
-    encoder, classifier = _load(rest)
+    encoder, classifier, _ = _load(rest)
     assert encoder.sha256 == hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
     assert encoder.source == f"timm:{rest}"
     assert encoder.license == ""
@@ -62,7 +62,7 @@ def test_a_size_keeps_the_digest_of_the_file(tmp_path: Path, state: dict[str, Te
 
 def test_a_wrapped_and_prefixed_checkpoint_loads_and_says_so(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save({"epoch": 1, "state_dict": {f"module.{key}": t for key, t in state.items()}}, tmp_path / "w.pth")
-    encoder, classifier = _load(f"{_SMALL}@{tmp_path / 'w.pth'}")
+    encoder, classifier, _ = _load(f"{_SMALL}@{tmp_path / 'w.pth'}")
     assert classifier is not None
     assert encoder.notes == (
         "the weights are the part 'state_dict' of w.pth",
@@ -72,7 +72,7 @@ def test_a_wrapped_and_prefixed_checkpoint_loads_and_says_so(tmp_path: Path, sta
 
 def test_a_headless_checkpoint_has_no_classifier(tmp_path: Path, state: dict[str, Tensor]) -> None:
     body = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-    encoder, classifier = _load(_saved(tmp_path / "w.safetensors", body))
+    encoder, classifier, _ = _load(_saved(tmp_path / "w.safetensors", body))
     assert classifier is None
     assert encoder.notes == ("the checkpoint holds no classifier",)
 
@@ -101,7 +101,7 @@ def test_the_original_release_loads_through_timms_own_rule(tmp_path: Path) -> No
     original = timm.create_model(name, pretrained=False).state_dict()
     original["mask_token"] = torch.zeros(1, 384)
     torch.save(original, tmp_path / "dinov2.pth")
-    encoder, classifier = _load(f"{name}@{tmp_path / 'dinov2.pth'}", size=28)
+    encoder, classifier, _ = _load(f"{name}@{tmp_path / 'dinov2.pth'}", size=28)
     assert classifier is None
     assert any("original release" in note for note in encoder.notes)
 
@@ -173,7 +173,7 @@ def test_weights_in_the_hubs_cache_need_no_network(tmp_path: Path) -> None:
     code = (
         "from robustbench_x.encoders.source import EncoderOptions\n"
         "from robustbench_x.encoders.timm_source import SOURCE\n"
-        "encoder, classifier = SOURCE.load('timm:test_vit', 'test_vit', EncoderOptions())\n"
+        "encoder, classifier, _ = SOURCE.load('timm:test_vit', 'test_vit', EncoderOptions())\n"
         "print(encoder.sha256, encoder.license, encoder.input_size, classifier.num_classes)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -1,11 +1,13 @@
 """Shards joined are the whole: same rows, same metrics; anything else is refused."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from torch import Tensor
 
-from project import PGD, TINY, audit_config, metrics_without_time
+from project import PGD, TINY, audit_config, defense, metrics_without_time, registry
 from robustbench_x.config import AuditConfig
 from robustbench_x.engine import run_audit
 from robustbench_x.errors import UsageError
@@ -49,6 +51,28 @@ def test_the_merged_run_is_the_whole_run(images: Path, shards: list[Path], tmp_p
     assert [w.asr for w in merged.worst_case] == [w.asr for w in whole.worst_case]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Breaks:
+    """A defence that nothing gets through, so that nobody can time it."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        raise RuntimeError("no luck")
+
+
+def test_what_every_shard_says_is_said_once(images: Path, tmp_path: Path) -> None:
+    plugins = registry(defense(Breaks))
+    settings = {"defenses": ["breaks"], "knowledge": ["full"], "samples": 4}
+    for i in (1, 2):
+        run_audit(_config(images, f"{i}/2", **settings), tmp_path / str(i), registry=plugins)
+    merged = merge_runs([tmp_path / "1", tmp_path / "2"], tmp_path / "merged", plugins)
+    texts = [finding.model_dump_json() for finding in merged.findings]
+    assert len(texts) == len(set(texts))
+    assert len([finding for finding in merged.findings if finding.id == "runtime_unmeasured"]) == 1
+    for cell in merged.cells:
+        flags = [flag.id for flag in cell.flags if flag.id == "runtime_unmeasured"]
+        assert len(flags) == (cell.defense == "breaks")
+
+
 def test_a_missing_shard_is_named(shards: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="shard 2/3 is missing"):
         merge_runs([shards[0], shards[2]], tmp_path / "out", load_registry())
@@ -88,5 +112,5 @@ def test_shards_of_changed_code_are_refused(
     forward = project.TinyNet.forward
     monkeypatch.setattr(project.TinyNet, "forward", lambda self, x: torch.sin(5 * forward(self, x)))
     run_audit(_config(images, "3/3"), tmp_path / "changed")
-    with pytest.raises(UsageError, match="the code or the heads of python:project:tiny changed"):
+    with pytest.raises(UsageError, match="the code, heads or defenses of python:project:tiny changed"):
         merge_runs([shards[0], shards[1], tmp_path / "changed"], tmp_path / "out", load_registry())

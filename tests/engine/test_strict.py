@@ -13,6 +13,7 @@ from torch import Tensor
 from project import (
     CLASSES,
     NATIVE,
+    PGD,
     Audited,
     attack,
     audit,
@@ -256,6 +257,111 @@ def test_an_honest_random_defence_passes_them_too(images: Path, tmp_path: Path) 
     assert _strict(audited) == {}
 
 
+def _idle(audited: Audited) -> dict[tuple[str, str], tuple[str, str]]:
+    """(checks, why) to (level, the defences and attacks it is about)."""
+    cells = {cell.id: cell for cell in audited.report.cells}
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for f in audited.report.findings:
+        if f.id == "check_not_run":
+            assert f.cell is not None
+            assert f.applies_to
+            checks, _, why = f.message.partition(": ")
+            about = sorted({f"{cells[i].defense}/{cells[i].attack}" for i in f.applies_to})
+            found[checks, why] = (f.level, " ".join(about))
+    return found
+
+
+ALL = "unstable_loss, unbounded_fails, more_iterations_break, more_restarts_break, single_step_wins, black_box_wins, "
+
+
+def test_in_bfloat16_nobody_watches_and_that_is_said(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[{"name": "pgd", "steps": 20}, "embed"], precision="bf16")
+    (entry,) = _idle(done).items()
+    assert entry == (
+        ("silent_success, unconverged (pgd)", "in bfloat16 an answer may be wrong by more than the witness's margin"),
+        ("warning", "none/pgd"),
+    )
+    assert "check_not_run" in {flag.id for flag in done.cell("pgd").flags}
+    assert "check_not_run" not in {flag.id for flag in done.cell("embed").flags}
+
+
+def test_what_a_random_defence_rules_out_is_said(images: Path, tmp_path: Path) -> None:
+    attacks = [{"name": "pgd", "steps": 20, "eot": 2}]
+    done = _run(images, tmp_path / "out", GRAINS, attacks=attacks, defenses=["grains"], eps="2/255")
+    why = "a random defence answers otherwise when it is judged"
+    assert _idle(done) == {("silent_success, unconverged (pgd)", why): ("note", "grains/pgd")}
+
+
+def test_what_a_detector_rules_out_is_said(images: Path, tmp_path: Path) -> None:
+    attacks = [{"name": "pgd", "steps": 20}]
+    done = _run(images, tmp_path / "out", attacks=attacks, defenses=["feature_squeezing"], eps="1/255")
+    everyone = "feature_squeezing/noise feature_squeezing/pgd"
+    assert _idle(done) == {
+        ("unbounded_fails", "a detector may well refuse an image that is all grey"): ("note", everyone),
+        ("black_box_wins, random_search_wins", "a query attack does not know how to evade a detector"): (
+            "note", everyone,
+        ),
+        ("silent_success, unconverged (pgd)", "behind a detector a wrong answer alone is no success"): (
+            "note", "feature_squeezing/pgd",
+        ),
+    }  # fmt: skip
+
+
+def test_a_norm_that_a_check_s_attack_lacks_is_said(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[{"name": "pgd", "steps": 20}], norm="patch", eps=0.02)
+    assert _idle(done) == {("black_box_wins", "square has no norm patch"): ("note", "none/noise none/pgd")}
+
+
+def test_that_nobody_can_be_asked_to_try_harder_is_said(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[{"name": "embed", "steps": 3}], eps="1/255")
+    why = "no white-box attack of the audit knew this victim"
+    checks = "more_iterations_break, more_restarts_break"
+    assert _idle(done) == {(checks, why): ("warning", "none/embed none/noise")}
+    assert done.decide(strict=True).exit_code == 0, "a gap is no error"
+    assert done.decide().exit_code == 0
+
+
+def test_a_parameter_that_no_attack_has_is_said(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[{"name": "mifgsm", "steps": 20}], eps="1/255")
+    why = "no parameter restarts to double in mifgsm"
+    assert _idle(done) == {("more_restarts_break", why): ("note", "none/mifgsm none/noise")}
+
+
+def test_that_an_attack_was_too_short_to_see_a_trend_is_said(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[PGD], eps="1/255")
+    why = "fewer than twenty looks at the victim, too few to see a trend"
+    assert _idle(done) == {("unconverged (pgd)", why): ("note", "none/pgd")}
+
+
+def test_where_nothing_can_be_tried_every_check_says_so(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "zero", attacks=[PGD], eps=0)
+    everyone = ("note", "none/noise none/pgd")
+    assert _idle(done) == {(f"{ALL}random_search_wins", "the budget allows no change"): everyone}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Broken:
+        """Lets nothing through."""
+
+        def apply(self, images: Tensor) -> Tensor:
+            raise RuntimeError("no luck")
+
+    settings: dict[str, Any] = {"defenses": ["broken"], "knowledge": ["full"], "eps": "8/255"}
+    done = _run(images, tmp_path / "broken", defense(Broken), attacks=[{"name": "pgd", "steps": 20}], **settings)
+    found = _idle(done)
+    assert found[f"{ALL}random_search_wins", "no sample is right when clean"] == ("note", "broken/noise broken/pgd")
+
+
+def test_a_victim_that_fell_entirely_leaves_nothing_to_doubt(images: Path, tmp_path: Path) -> None:
+    done = _run(images, tmp_path / "out", attacks=[{"name": "pgd", "steps": 20}], eps=LARGE)
+    (worst,) = done.report.worst_case
+    assert worst.asr.value == 1
+    assert _idle(done) == {}
+
+
+def test_cheap_checks_claim_no_more_than_they_are(images: Path, tmp_path: Path) -> None:
+    assert _idle(_run(images, tmp_path / "out", attacks=[PGD], precision="bf16", checks="cheap")) == {}
+
+
 def test_samples_are_taken_from_all_over_a_sorted_data_set() -> None:
     """The first sixteen of a data set sorted by class are of one class, and a constant would be right on them all."""
     chosen = _spread(range(0, 4000, 10))
@@ -276,7 +382,7 @@ def test_strict_checks_change_no_row_and_no_metric(images: Path, tmp_path: Path,
     assert full.report.proofs == cheap.report.proofs
     more = [f for f in full.report.findings if f not in cheap.report.findings]
     assert [f for f in full.report.findings if f not in more] == list(cheap.report.findings)
-    assert {f.id for f in more} <= STRICT | {"unstable_loss"}
+    assert {f.id for f in more} <= STRICT | {"unstable_loss", "check_not_run"}
     assert {f.id for f in more} & STRICT
 
 

@@ -18,7 +18,7 @@ from robustbench_x.engine import run_audit
 from robustbench_x.engine.fit import FitRequest, fit_plugin
 from robustbench_x.engine.progress import Silent
 from robustbench_x.engine.supply import Supply
-from robustbench_x.errors import DataError, SampleError, SourceError, UsageError
+from robustbench_x.errors import DataError, RunError, SampleError, SourceError, UsageError
 from robustbench_x.fitting import Artifact, read_artifact
 from robustbench_x.fitting.adam import optimizer_state, restore_optimizer
 from robustbench_x.fitting.defense_job import DefenseJob
@@ -366,18 +366,97 @@ def test_a_detector_learns_from_the_training_images_and_else_from_the_surrogate_
     assert (job.ground.pool.source, len(job.ground.pool.levels)) == ("toy", 6)
 
 
-def test_weights_that_the_plugin_refuses_end_the_audit_by_name(images: Path, tmp_path: Path) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Spoilt(Blends):
-        """Refuses whatever it learned."""
+@dataclass(frozen=True, kw_only=True)
+class Untrainable(Blends):
+    """Breaks down while it trains."""
 
-        def armed(self, learned: Mapping[str, Tensor]) -> Defense:
-            raise ValueError("no luck")
+    def trainer(self, view: DefenseFitView) -> Trainer:
+        raise RuntimeError("no luck")
 
-    planted = defense(Spoilt, fits=True, patch=lambda made: 16)
-    config = audit_config(images, attacks=["noise"], defenses=["spoilt"], samples=4, surrogate=SURROGATE)
-    with pytest.raises(UsageError, match="fitted for this run cannot be used: ValueError: no luck"):
-        run_audit(config, tmp_path / "out", registry=registry(planted))
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving(Blends):
+    """Ends the process while it trains."""
+
+    def trainer(self, view: DefenseFitView) -> Trainer:
+        raise SystemExit(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoilt(Blends):
+    """Refuses whatever it learned."""
+
+    def armed(self, learned: Mapping[str, Tensor]) -> Defense:
+        raise RuntimeError("no luck")
+
+
+def test_a_file_that_the_plugin_refuses_ends_the_audit_by_name(images: Path, tmp_path: Path) -> None:
+    plugins = registry(defense(Spoilt, fits=True, patch=lambda made: 16))
+    path = tmp_path / "a.safetensors"
+    shared: dict[str, Any] = {"surrogate": SURROGATE, "samples": 8, "device": "cpu", "params": {}}
+    fit_plugin(FitRequest(plugin="spoilt", out=path, encoder=None, threat=ThreatModel(eps=0), **shared), plugins)
+    shields = [{"name": "spoilt", "artifact": str(path)}]
+    config = audit_config(images, attacks=["noise"], defenses=shields, samples=4, surrogate=SURROGATE)
+    with pytest.raises(UsageError, match=r"a\.safetensors\) cannot be used: RuntimeError: no luck"):
+        run_audit(config, tmp_path / "out", registry=plugins)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"), [(Untrainable, "no luck"), (Leaving, "SystemExit: 0"), (Spoilt, "cannot be used: Runtime")]
+)
+def test_a_defence_whose_training_fails_is_an_error_and_the_rest_goes_on(
+    factory: type, message: str, images: Path, tmp_path: Path
+) -> None:
+    planted = defense(factory, fits=True, patch=lambda made: 16)
+    shields = [planted.name, "blends"]
+    attacks = [PGD, {"name": "uap", "steps": 2}, {"name": "square", "queries": 4}]
+    settings: dict[str, Any] = {"samples": 4, "surrogate": SURROGATE, "surrogate_samples": 16, "ladder": False}
+    config = audit_config(images, attacks=attacks, defenses=shields, **settings)
+    done = audit(config, tmp_path / "out", planted, BLENDS)
+    behind = [cell for cell in done.report.cells if cell.defense == planted.name]
+    assert {cell.knowledge for cell in behind} == {"oblivious", "bpda", "full"}
+    for cell in behind:
+        assert (cell.n_errors, cell.n, cell.metrics["robust_accuracy"].value) == (4, 4, None), cell.id
+        assert all(message in row["error"] for row in done.of(cell)), cell.id
+        (flag,) = [flag for flag in cell.flags if flag.id == "sample_errors"]
+        assert message in flag.message, "the report says why"
+    assert all(cell.n_errors == 0 for cell in done.report.cells if cell.defense != planted.name)
+    assert done.decide().exit_code == 3
+    (worst,) = [w for w in done.report.worst_case if w.defense == planted.name]
+    assert worst.robust_accuracy.value is None
+    again = audit(config, tmp_path / "out", planted, BLENDS)
+    assert again.report == done.report, "it fails again, so it is the very audit"
+
+
+def test_a_run_whose_defence_failed_is_not_continued_once_it_works(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = defense(Untrainable, fits=True, patch=lambda made: 16)
+    config = audit_config(images, attacks=["noise"], defenses=["untrainable"], samples=4, surrogate=SURROGATE)
+    audit(config, tmp_path / "out", planted)
+    monkeypatch.setattr(Untrainable, "trainer", Blends.trainer)
+    with pytest.raises(RunError, match="changed since this audit was finished"):
+        audit(config, tmp_path / "out", planted)
+
+
+def test_an_imitation_that_fails_spoils_its_own_rung_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: ImitationJob, *args: Any) -> Artifact:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(ImitationJob, "run", broken)
+    shields = [{"name": "blurs", "knowledge": ["oblivious", "bpda", "bpda_learned", "full"]}]
+    attacks = [PGD, {"name": "uap", "steps": 2}]
+    settings: dict[str, Any] = {"samples": 4, "surrogate": SURROGATE, "surrogate_samples": 16}
+    done = audit(audit_config(images, attacks=attacks, defenses=shields, **settings), tmp_path / "out", BLURS)
+    for cell in done.report.cells:
+        expected = 4 if cell.knowledge == "bpda_learned" else 0
+        assert cell.n_errors == expected, cell.id
+        assert all("the training of imitation of blurs failed" in row["error"] for row in done.of(cell)[:expected])
+    assert done.decide().exit_code == 3
+    doubts = {f.id for f in done.report.findings if f.cell and "bpda_learned" in f.cell}
+    assert doubts == {"sample_errors", "probe_failed"}
 
 
 # -- imitations
@@ -487,6 +566,10 @@ def test_bpda_learned_has_the_deployed_value_and_the_imitation_s_slope(blur_imit
 def test_nobody_passes_through_an_imitation_that_is_not_there() -> None:
     with pytest.raises(AssertionError, match="nobody trained an imitation of blurs"):
         perceive(Shield(spec=BLURS, defense=Blurs()), "bpda_learned")
+    shield = Shield(spec=BLURS, defense=Blurs(), unimitated="it would not be imitated")
+    with pytest.raises(SampleError, match="it would not be imitated"):
+        perceive(shield, "bpda_learned")
+    assert [shield.barred(level) for level in ("none", "oblivious", "bpda", "full")] == [""] * 4
 
 
 def test_an_audit_trains_an_imitation_only_where_one_is_asked_for(images: Path, tmp_path: Path) -> None:

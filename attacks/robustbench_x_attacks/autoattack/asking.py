@@ -1,11 +1,11 @@
-"""What the attacks that ask for logits share: judging candidates, and how many questions a sample may cost.
+"""What the attacks that only ask for logits share: judging candidates, and how many questions a sample may cost.
 
-A random victim draws anew at every look, and of many looks one shows nearly any image fooled. There a candidate is
-judged on several fresh draws, and every one of them is a question.
+A random victim draws anew at every look, and of many looks one shows nearly any image fooled. There what looks better
+is asked about again, on fresh draws, and every one of them is a question.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,188 +14,119 @@ from robustbench_x.views import QueryView, WhiteboxView
 from robustbench_x_attacks import losses
 from robustbench_x_attacks.iterative import Best, Evaluation
 
-__all__ = ["EOT_HELP", "LEAVING_MARGIN", "Asking", "Averaged", "Keeper", "Looks", "affordable", "look", "question"]
+__all__ = ["Asking", "affordable", "confirmed"]
 
-LEAVING_MARGIN = 1e-2
-"""Logit margin by which a sample must be fooled inside the budget to leave, as in every iterative attack here."""
-EOT_HELP = "fresh draws that judge a candidate when the victim is random; each is a pass"
-
-
-class Looks(NamedTuple):
-    """What several looks at images say, each field `(N,)`.
-
-    `mean` is the margin averaged over the draws, -inf where the looks were broken off; `least` the smallest one, by
-    which every draw is fooled; `asked` how many there were; `finite` whether every logit was.
-    """
-
-    mean: Tensor
-    least: Tensor
-    asked: Tensor
-    finite: Tensor
-
-
-def look(
-    ask: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, draws: int, beat: Tensor | None = None
-) -> Looks:
-    """Looks at `images` up to `draws` times, and no further at those whose running mean does not exceed `beat`.
-
-    Most candidates of a search are no better than what it holds: this costs them few of the looks, while whatever is
-    taken has had them all.
-
-    Args:
-        ask: Pixels `(N, 3, H, W)` in [0, 1] to logits `(N, K)`; called without gradients.
-        images: `(N, 3, H, W)`.
-        labels: `(N,)`.
-        draws: Looks at an image that goes on exceeding `beat`; 1 for a victim without randomness.
-        beat: Averaged margins `(N,)`; None for none.
-    """
-    rows = torch.arange(len(images), device=images.device)
-    total = torch.zeros(len(images), device=images.device)
-    least = torch.full_like(total, torch.inf)
-    asked, finite = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    for draw in range(draws):
-        with torch.no_grad():
-            logits = ask(images if len(rows) == len(images) else images[rows])
-        margin = losses.margin(logits, labels[rows]).nan_to_num(nan=-torch.inf, posinf=torch.inf)
-        finite[rows] &= logits.isfinite().all(dim=1)
-        total[rows] += margin
-        least[rows] = least[rows].minimum(margin)
-        asked[rows] += 1
-        if beat is not None and draw + 1 < draws:
-            rows = rows[total[rows] / (draw + 1) > beat[rows]]
-            if not len(rows):
-                break
-    whole = asked == draws
-    mean = (total / asked).nan_to_num(nan=-torch.inf, posinf=torch.inf)
-    return Looks(mean.masked_fill(~whole, -torch.inf), least.masked_fill(~whole, -torch.inf), asked, finite)
-
-
-class Keeper(Protocol):
-    """Who keeps the best candidates and says which samples are still worth work."""
-
-    @property
-    def images(self) -> Tensor:
-        """The best images so far."""
-
-    def pending(self, *, exhaustive: bool) -> Tensor:
-        """Positions of the samples still worth attacking."""
-
-    def offer(self, index: Tensor, images: Tensor, result: Evaluation) -> None:
-        """Takes the images that beat what is held; the loss is the averaged margin, the margin the smallest."""
-
-    def settle(self, index: Tensor, images: Tensor) -> None:
-        """Takes images that nobody judged."""
-
-    def breaks(self, index: Tensor, broken: Tensor) -> None:
-        """Notes which of `index` met NaN or infinity."""
-
-    def spoil(self) -> None:
-        """Makes NaN of what broke and fools nothing."""
-
-    def done(self, index: Tensor) -> Tensor:
-        """Which of `index` are fooled by a safe margin."""
-
-
-@final
-class Averaged:
-    """The images of the widest averaged margin; a sample is done when every draw of its image was fooled.
-
-    For a random victim. Where all margins are those of one draw it does what `Best` does.
-    """
-
-    def __init__(self, inputs: Tensor) -> None:
-        self._best = Best(inputs)
-        self._confirmed = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-
-    @property
-    def images(self) -> Tensor:
-        return self._best.images
-
-    def held(self, index: Tensor) -> Tensor:
-        """The averaged margin of the images of `index`, -inf where none was taken yet."""
-        return self._best.score[index]
-
-    def pending(self, *, exhaustive: bool) -> Tensor:
-        everyone = torch.arange(len(self._confirmed), device=self._confirmed.device)
-        return everyone if exhaustive else everyone[~self._confirmed]
-
-    def offer(self, index: Tensor, images: Tensor, result: Evaluation) -> None:
-        assert result.margin is not None, "a margin is known wherever logits are"
-        mean = result.loss
-        better = mean > self.held(index)
-        self._confirmed[index] = torch.where(better, result.margin > LEAVING_MARGIN, self._confirmed[index])
-        self._best.offer(index, images, Evaluation(mean, mean))
-
-    def settle(self, index: Tensor, images: Tensor) -> None:
-        unjudged = self.held(index).isneginf()
-        self._best.settle(index[unjudged], images[unjudged])
-
-    def breaks(self, index: Tensor, broken: Tensor) -> None:
-        self._best.breaks(index, broken)
-
-    def spoil(self) -> None:
-        self._best.spoil()
-
-    def done(self, index: Tensor) -> Tensor:
-        return self._confirmed[index]
+_DRAWS = 8
+"""Fresh draws that judge what looks better on a random victim."""
+_LEAVING_MARGIN = 1e-2
+"""Logit margin by which a sample must be fooled to leave, as in every iterative attack here."""
+Ask = Callable[[Tensor], Tensor]
+"""Pixels `(N, 3, H, W)` in [0, 1] to logits `(N, K)`; called without gradients."""
 
 
 @final
 class Asking:
-    """Asks for the logits of candidates, keeps the best of them and counts what each sample has cost.
+    """Asks for the logits of candidates, holds the best one of each sample and counts what it has cost.
+
+    Of a random victim a candidate that looks better is asked about again, and so is what is held once the candidate is
+    better on average: the wider mean is held, so that no lucky draw is. It is offered with that mean, but by less than
+    lets a sample leave unless every fresh draw was fooled.
 
     Args:
         view: Labels of the samples.
-        ask: As for `look`.
+        ask: Pixels to logits.
         keep: Where candidates are offered, in this order; the first is told of logits that are NaN or infinite.
-        queries: Questions that each sample may cost.
-        draws: Fresh draws that judge a candidate before it is taken, fewer where `queries` is; 1 unless the victim is
-            random.
     """
 
-    def __init__(
-        self,
-        view: WhiteboxView | QueryView,
-        ask: Callable[[Tensor], Tensor],
-        *keep: Keeper,
-        queries: int,
-        draws: int = 1,
-    ) -> None:
+    def __init__(self, view: WhiteboxView | QueryView, ask: Ask, *keep: Best) -> None:
         self.view = view
         self.best = keep[0]
-        self.queries = queries
-        self.draws = max(min(draws, queries), 1)
+        self.spent = torch.zeros(len(view.inputs), dtype=torch.long, device=view.inputs.device)
+        """Questions that each sample has cost, `(N,)`."""
         self._ask = ask
         self._keep = keep
-        self._spent = torch.zeros(len(view.inputs), dtype=torch.long, device=view.inputs.device)
+        self._random = view.query.stochastic if isinstance(view, QueryView) else view.model.stochastic
+        self._images = view.inputs.clone()
+        self._total = torch.full((len(view.inputs),), -torch.inf, device=view.inputs.device)
+        self._least = self._total.clone()
+        self._draws = torch.ones_like(self.spent)
+        self._offered = self._total.clone()
 
-    def __call__(self, index: Tensor, images: Tensor, *, beat: Tensor | None = None) -> Tensor:
-        """By how much the images of the samples `index` are misclassified, `(len(index),)`, on average; -inf for NaN.
+    def __call__(self, index: Tensor, images: Tensor) -> Tensor:
+        """Which of the `images` of the samples `index` are held now, boolean `(len(index),)`."""
+        with torch.no_grad():
+            logits = self._ask(images)
+        self.spent[index] += 1
+        self.best.breaks(index, ~logits.isfinite().all(dim=1))
+        margin = _margin(logits, self.view.labels[index])
+        better = margin > self._mean(index)
+        if self._random:
+            return self._challenge(index, images, better)
+        self._total[index] = torch.where(better, margin, self._total[index])
+        for best in self._keep:
+            best.offer(index, images, Evaluation(margin, margin))
+        return better
 
-        Candidates that do not exceed the averaged margin `beat` may cost fewer than `draws` questions, and get -inf.
-        """
-        looks = look(self._ask, images, self.view.labels[index], draws=self.draws, beat=beat)
-        self._spent[index] += looks.asked
-        self.best.breaks(index, ~looks.finite)
-        for keeper in self._keep:
-            keeper.offer(index, images, Evaluation(looks.mean, looks.least))
-        return looks.mean
+    def affords(self, index: Tensor, queries: int) -> Tensor:
+        """Which of `index` may be asked about once more where each may cost `queries`, whatever the answer."""
+        return self.spent[index] + (1 + 2 * _DRAWS if self._random else 1) <= queries
 
-    def affords(self, index: Tensor) -> Tensor:
-        """Which of `index` may be asked about once more, on every draw."""
-        return self._spent[index] + self.draws <= self.queries
+    def _mean(self, index: Tensor) -> Tensor:
+        return self._total[index] / self._draws[index]
 
-    def progress(self, index: Tensor) -> Tensor:
-        """Questions each of `index` has cost since its first candidate, `(len(index),)`."""
-        return self._spent[index] - self.draws
+    def _challenge(self, index: Tensor, images: Tensor, better: Tensor) -> Tensor:
+        """Draws afresh for the candidates that look `better`, then for what they would replace."""
+        total, least = self._draw(index, images, better)
+        better = better & (total / _DRAWS > self._mean(index))
+        holding = better & self._total[index].isfinite()
+        again, smallest = self._draw(index, self._images[index], holding)
+        rows = index[holding]
+        self._total[rows] += again[holding]
+        self._least[rows] = self._least[rows].minimum(smallest[holding])
+        self._draws[rows] += _DRAWS
+        taken = better & (total / _DRAWS > self._mean(index))
+        rows = index[taken]
+        self._images[rows], self._total[rows] = images[taken], total[taken]
+        self._least[rows], self._draws[rows] = least[taken], _DRAWS
+        self._offer(index[holding | taken])
+        return taken
+
+    def _draw(self, index: Tensor, images: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and smallest of the margins on fresh draws of the images that are `chosen`; -inf for the others."""
+        total = torch.full((len(index),), -torch.inf, device=images.device)
+        least = total.clone()
+        if chosen.any():
+            rows = index[chosen]
+            margins, finite = _margins(self._ask, images[chosen], self.view.labels[rows])
+            self.spent[rows] += _DRAWS
+            self.best.breaks(rows, ~finite)
+            total[chosen] = margins.sum(dim=0).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+            least[chosen] = margins.amin(dim=0)
+        return total, least
+
+    def _offer(self, index: Tensor) -> None:
+        """Offers what is held of the samples `index`, in place of what was offered of them before."""
+        mean = self._mean(index)
+        score = torch.where(self._least[index] > _LEAVING_MARGIN, mean, mean.clamp(max=_LEAVING_MARGIN))
+        for best in self._keep:
+            ours = best.score[index] == self._offered[index]
+            best.score[index[ours]] = -torch.inf
+            best.offer(index, self._images[index], Evaluation(score, score))
+        self._offered[index] = score
 
 
-def question(view: QueryView, *, queries: int, eot: int) -> Asking:
-    """Asks the query function of `view`, within its cap; a random victim `eot` times for what is taken."""
-    each = affordable(view, queries)
-    if view.query.stochastic:
-        return Asking(view, view.query, Averaged(view.inputs), queries=each, draws=eot)
-    return Asking(view, view.query, Best(view.inputs), queries=each)
+def confirmed(margin: Tensor, chosen: Tensor, ask: Ask, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`margin` `(N,)` with the mean of fresh draws in place of the values that are `chosen`, and the smallest of them.
+
+    For a random victim. The draw that `margin` was chosen by is not among them: it was lucky. The smallest is `margin`
+    itself where nothing is drawn.
+    """
+    mean, least = margin.clone(), margin.clone()
+    if chosen.any():
+        margins, _ = _margins(ask, images[chosen], labels[chosen])
+        mean[chosen] = margins.mean(dim=0).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        least[chosen] = margins.amin(dim=0)
+    return mean, least
 
 
 def affordable(view: QueryView, queries: int) -> int:
@@ -205,3 +136,15 @@ def affordable(view: QueryView, queries: int) -> int:
     """
     remaining = view.query.remaining
     return queries if remaining is None else min(queries, remaining // max(len(view.inputs), 1))
+
+
+def _margins(ask: Ask, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins on fresh draws, `(draws, N)`, -inf for NaN, and which images had finite logits in all, `(N,)`."""
+    with torch.no_grad():
+        draws = [ask(images) for _ in range(_DRAWS)]
+    finite = torch.stack([logits.isfinite().all(dim=1) for logits in draws]).all(dim=0)
+    return torch.stack([_margin(logits, labels) for logits in draws]), finite
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    return losses.margin(logits, labels).nan_to_num(nan=-torch.inf, posinf=torch.inf)

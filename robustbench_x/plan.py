@@ -226,9 +226,9 @@ def _knowledge(
         return ("oblivious",)
     if spec.fits:
         attack = spec.build(entry.params)
-        if attack.artifact or attack.fit_encoder not in ("", encoder):
+        if spec.ready(attack) or attack.fit_encoder not in ("", encoder):
             return ("oblivious",)
-    elif spec.partners(spec.build(entry.params)):
+    elif spec.partners_run:
         return ("oblivious",)
     if spec.access in ("scores", "labels"):
         return ("full",)

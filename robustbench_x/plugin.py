@@ -206,6 +206,10 @@ def _no_partners(attack: Any) -> tuple[str, ...]:
     return ()
 
 
+def _no_files(attack: Any) -> tuple[Path, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec(Spec):
     """An attack as the registry knows it.
@@ -229,6 +233,9 @@ class AttackSpec(Spec):
         joint: Evades a detector when it is handed one (`WhiteboxView.detector`); others can only be oblivious of it.
         aims: Is handed a target image per sample, chosen by the harness (`EncoderView.targets`), and is judged by
             `targeted_success` too; goes with access `encoder` and goal `targeted`.
+        reads: Files of a built attack whose content decides what is learned.
+        ready: Whether a built attack that fits learns nothing here, so that nobody could have trained it through a
+            defence.
         scales: Its training shares the batch among the processes of `FitView.world`; others train in one.
     """
 
@@ -244,12 +251,14 @@ class AttackSpec(Spec):
     partners: Callable[[Any], tuple[str, ...]] = _no_partners
     joint: bool = False
     aims: bool = False
+    reads: Callable[[Any], tuple[Path, ...]] = _no_files
+    ready: Callable[[Any], bool] = lambda attack: bool(attack.artifact)
     scales: bool = False
 
     @property
     def partners_run(self) -> bool:
-        """Whether it runs on other encoders than the victim's, and so never sees the victim."""
-        return not self.fits and self.partners is not _no_partners
+        """Whether it runs on other encoders alone, and so never sees the victim; one that aims has the victim's too."""
+        return not self.fits and not self.aims and self.partners is not _no_partners
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import ConfigDict
 
 from robustbench_x.errors import RunError, UsageError
+from robustbench_x.provenance import FitInfo, InnerAttack, LayerMapInfo, Measure, Provenance, Stored, Threat
 from robustbench_x.store import write_atomically
 
 __all__ = [
@@ -39,28 +39,7 @@ SCHEMA_VERSION = "1"
 Level = Literal["note", "warning", "error"]
 
 
-class _Stored(pydantic.BaseModel):
-    # Keys may be added in later versions: a reader ignores what it does not know.
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Measure(_Stored):
-    """A figure with its 95 % interval; all null where nothing was measured, no interval where it is a mean."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-class Threat(_Stored):
-    """The budget of a cell."""
-
-    norm: str
-    eps: float
-    placement: str | None = None
-
-
-class Finding(_Stored):
+class Finding(Stored):
     """A doubt about the evaluation: with level `error` its figures cannot be trusted.
 
     `cell` names the cell, or the victim as one attacker sees it, in which case `applies_to` lists its cells; no
@@ -79,7 +58,7 @@ class Finding(_Stored):
     advice: str = ""
 
 
-class Flag(_Stored):
+class Flag(Stored):
     """A finding as its cell carries it."""
 
     id: str
@@ -87,96 +66,7 @@ class Flag(_Stored):
     message: str
 
 
-class InnerAttack(_Stored):
-    """The attack whose images an encoder was hardened on; `artifact_sha256` is of what it had learned before."""
-
-    name: str
-    params: dict[str, Any]
-    artifact_sha256: str = ""
-
-
-class Provenance(_Stored):
-    """How an artefact was trained: on what, with what, for how long, to which losses.
-
-    `forwards` and `backwards` count images sent through the encoders; `losses` are the terms at the last step; `key`
-    digests everything that decides the training, its plugins' code included. `inner` tells a hardened encoder from what
-    an attack learned; its name is `none` for a hardening without an attack. The digest of images that were `streamed`
-    is over their files; `surrogate_unreadable` counts those left out, or replaced by their neighbours.
-    """
-
-    plugin: str
-    version: str
-    encoder: str
-    encoder_sha256: str
-    input_size: tuple[int, int]
-    partners: tuple[str, ...] = ()
-    partners_sha256: tuple[str, ...] = ()
-    surrogate: str
-    surrogate_sha256: str
-    surrogate_samples: int
-    threat: Threat
-    defense: str = "none"
-    knowledge: str = "none"
-    params: dict[str, Any]
-    seed: int
-    steps: int
-    precision: str
-    device: str
-    seconds: float
-    forwards: int
-    backwards: int
-    losses: dict[str, float]
-    created: str
-    packages: dict[str, str]
-    key: str = ""
-    inner: InnerAttack | None = None
-    streamed: bool = False
-    surrogate_unreadable: int = 0
-    processes: int = 1
-
-
-class LayerDamage(_Stored):
-    """What attacking one layer alone did to surrogate images, as mean cosine distances in [0, 2].
-
-    `vulnerability` is how far the tokens of all layers turned on average, `own` how far the layer's own did, `features`
-    how far the pooled features; `chosen` layers are the ones that the attack goes for.
-    """
-
-    layer: str
-    vulnerability: float
-    own: float
-    features: float
-    chosen: bool
-
-
-class FitInfo(Provenance):
-    """The artefact a cell was attacked with; `origin` says where it came from: this run's fit, a file, or shipped.
-
-    `downstream_images` counts the evaluated images that were among the surrogate ones; `layers` is the artefact's layer
-    map, where it holds one.
-    """
-
-    sha256: str
-    origin: str
-    downstream_images: int = 0
-    layers: tuple[LayerDamage, ...] = ()
-
-
-class LayerMapInfo(_Stored):
-    """Which layers of an encoder are vulnerable, as one attack measured it at one budget, shallow to deep.
-
-    Measured by the attack on unlabelled surrogate images, through the defence where it knows one.
-    """
-
-    attack: str
-    threat: Threat
-    defense: str
-    knowledge: str
-    surrogate: str
-    layers: tuple[LayerDamage, ...]
-
-
-class Collapse(_Stored):
+class Collapse(Stored):
     """The class that absorbs most adversarial images of a cell, and the share of the judged images it takes."""
 
     label: int
@@ -184,7 +74,7 @@ class Collapse(_Stored):
     share: Measure
 
 
-class CellResult(_Stored):
+class CellResult(Stored):
     """One entry of the matrix, measured."""
 
     id: str
@@ -208,7 +98,7 @@ class CellResult(_Stored):
     collapse: Collapse | None = None
 
 
-class WorstCase(_Stored):
+class WorstCase(Stored):
     """Per sample the minimum over every attack and knowledge level on one defended victim at one budget."""
 
     encoder: str
@@ -224,7 +114,7 @@ class WorstCase(_Stored):
     attacks: tuple[str, ...]
 
 
-class HeadInfo(_Stored):
+class HeadInfo(Stored):
     """How a head was made; `classes` names its logits in order."""
 
     encoder: str
@@ -236,7 +126,7 @@ class HeadInfo(_Stored):
     classes: tuple[str, ...] = ()
 
 
-class EncoderInfo(_Stored):
+class EncoderInfo(Stored):
     """Which weights were audited; `layer_vulnerability` holds the layer maps that attacks made of them."""
 
     source: str
@@ -250,7 +140,7 @@ class EncoderInfo(_Stored):
     layer_vulnerability: tuple[LayerMapInfo, ...] = ()
 
 
-class DefenseInfo(_Stored):
+class DefenseInfo(Stored):
     """A defence as it stood in front of one encoder on one data set.
 
     `seconds` is the time an image takes through defence and encoder together, `encoder_seconds` through the encoder
@@ -272,7 +162,7 @@ class DefenseInfo(_Stored):
     fit: FitInfo | None = None
 
 
-class DataInfo(_Stored):
+class DataInfo(Stored):
     """Which images were audited; `sha256` covers the ids and pixels of the evaluated samples."""
 
     source: str
@@ -285,7 +175,7 @@ class DataInfo(_Stored):
     notes: tuple[str, ...] = ()
 
 
-class StageProof(_Stored):
+class StageProof(Stored):
     """What one encoder on one data set was, beyond its names: enough to tell whether it changed since.
 
     `images` digests the ids, labels and pixels of the evaluated samples; `answers` holds, for each head, what the
@@ -300,13 +190,13 @@ class StageProof(_Stored):
     sha256: str
     images: str
     answers: dict[str, tuple[float, ...]]
-    tuned: dict[str, str] = {}
-    defenses: dict[str, str] = {}
+    tuned: dict[str, str] = pydantic.Field({})
+    defenses: dict[str, str] = pydantic.Field({})
     shields: dict[str, dict[str, tuple[float, ...]]] | None = None
-    drawn: dict[str, str] = {}
+    drawn: dict[str, str] = pydantic.Field({})
 
 
-class RunInfo(_Stored):
+class RunInfo(Stored):
     """Where, when and with what."""
 
     id: str
@@ -323,7 +213,7 @@ class RunInfo(_Stored):
     platform: str = ""
 
 
-class GateVerdict(_Stored):
+class GateVerdict(Stored):
     """One gate's judgement of one cell or worst case."""
 
     gate: str
@@ -337,7 +227,7 @@ class GateVerdict(_Stored):
     message: str
 
 
-class Decision(_Stored):
+class Decision(Stored):
     """What the run, its gates and its findings come to: the exit code, and the one sentence that says so."""
 
     exit_code: int
@@ -345,7 +235,7 @@ class Decision(_Stored):
     reason: str
 
 
-class Report(_Stored):
+class Report(Stored):
     """A whole run."""
 
     schema_version: Literal["1"] = "1"

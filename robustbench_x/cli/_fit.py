@@ -37,7 +37,7 @@ def fit(
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training; reuse a finished one.")] = True,
     checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints.")] = 20.0,
-    log: Annotated[Path | None, typer.Option(help="A .jsonl file for the losses of every step.")] = None,
+    losses: Annotated[Path | None, typer.Option(help="A .jsonl file for the losses of every step.")] = None,
     param: Annotated[list[str] | None, typer.Option("--param", "-p", help="name=value, e.g. steps=500.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Let checkpoints run code while loading. Only files you trust.")
@@ -65,7 +65,7 @@ def fit(
         resume=resume,
         allow_pickle=allow_pickle,
         stream=stream,
-        log=log,
+        losses=losses,
         every=checkpoint_every,
     )
     run_fit(request)

@@ -16,7 +16,8 @@ from robustbench_x.fitting.artifact import Artifact, read_artifact, write_artifa
 from robustbench_x.fitting.layer_map import read_layers
 from robustbench_x.plan import Craft
 from robustbench_x.plugin import AttackSpec, FittedAttack
-from robustbench_x.result import FitInfo, LayerDamage
+from robustbench_x.provenance import LayerDamage
+from robustbench_x.result import FitInfo
 from robustbench_x.store import RunFolder
 
 __all__ = ["Artifacts", "artifact_path", "note_of"]

@@ -14,7 +14,7 @@ from robustbench_x import __version__
 from robustbench_x.data.dataset import Item, open_dataset, read_image
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder
 from robustbench_x.encoders.source import load_encoder
-from robustbench_x.engine.handout import partner_handle
+from robustbench_x.engine.handout import partner_handle, run_partners
 from robustbench_x.engine.isolation import isolated
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.run import resolve_device
@@ -101,7 +101,7 @@ def craft_folder(request: CraftRequest, registry: Registry, progress: Progress |
     supply = _supply(request, registry, device, progress)
     fits = spec.fits and request.threat.radius > 0
     learned = supply.artifact(spec, attack, encoder, request.threat) if fits else None
-    partners = () if spec.fits else tuple(supply.load(source) for source in spec.partners(attack))
+    partners = tuple(supply.load(source) for source in run_partners(spec, attack, request.encoder))
     aims = _aims(request, encoder, registry)
     tools = _Tools(
         spec=spec, attack=attack, loaded=loaded, learned=learned, partners=partners, aims=aims, device=device

@@ -29,8 +29,8 @@ class FitRequest:
     """What to train on what. `samples` surrogate images are drawn by `seed`; `resume` goes on where it stopped.
 
     A hardening without an attack takes a `threat` of eps 0 and no `surrogate`. `stream` leaves the images in their
-    files; `samples` None is all of them then, and else 256. `log` is a file for the losses of every step, as lines of
-    JSON, and `every` the seconds between two checkpoints.
+    files; `samples` None is all of them then, and else 256. `losses` is a file for those of every step, as JSON lines,
+    and `every` the seconds between two checkpoints.
     """
 
     plugin: str
@@ -46,7 +46,7 @@ class FitRequest:
     resume: bool = True
     allow_pickle: bool = False
     stream: bool = False
-    log: Path | None = None
+    losses: Path | None = None
     every: float = 20.0
 
 
@@ -189,6 +189,6 @@ def _make_supply(request: FitRequest, registry: Registry, progress: Progress) ->
         fresh=not request.resume,
         stream=request.stream,
         world=world,
-        log=request.log,
+        losses=request.losses,
         every=request.every,
     )

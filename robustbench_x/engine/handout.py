@@ -29,7 +29,7 @@ from robustbench_x.views import (
 )
 from robustbench_x.witness import Witness
 
-__all__ = ["AttackAtWork", "Unwatched", "attacker_sees", "hand_out", "partner_handle", "unwatched"]
+__all__ = ["AttackAtWork", "Unwatched", "attacker_sees", "hand_out", "partner_handle", "run_partners", "unwatched"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,18 @@ def hand_out(
 def _evadable(victim: DefendedEncoder, meter: Meter) -> Perceive:
     """The detector as an attacker with full knowledge runs it; a look at it costs a pass."""
     return lambda images: meter.count(victim.acceptance(images), len(images))
+
+
+def run_partners(spec: AttackSpec, attack: Any, encoder: str) -> tuple[str, ...]:
+    """Sources of the encoders beside `encoder` that a built attack runs on.
+
+    One that is fitted has its partners in its training; one that aims still reads its targets with the encoder that it
+    was fitted on.
+    """
+    if not spec.fits:
+        return spec.partners(attack)
+    other = spec.aims and attack.fit_encoder not in ("", encoder)
+    return (attack.fit_encoder,) if other else ()
 
 
 def partner_handle(encoder: Encoder, meter: Meter, *, bf16: bool = False) -> EncoderHandle:

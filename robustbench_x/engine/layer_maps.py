@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from robustbench_x.result import CellResult, EncoderInfo, LayerMapInfo
+from robustbench_x.provenance import LayerMapInfo
+from robustbench_x.result import CellResult, EncoderInfo
 
 __all__ = ["with_layer_maps"]
 

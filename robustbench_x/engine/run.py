@@ -14,7 +14,7 @@ from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.artifacts import Artifacts
 from robustbench_x.engine.craft import craft_rows, failed_rows, is_out_of_memory
 from robustbench_x.engine.finish import finish, now, with_findings, write_texts
-from robustbench_x.engine.handout import AttackAtWork
+from robustbench_x.engine.handout import AttackAtWork, run_partners
 from robustbench_x.engine.probe import probe_stage
 from robustbench_x.engine.progress import Progress, Silent
 from robustbench_x.engine.proof import changed, proof_of, same_proof, stage_notes
@@ -251,10 +251,9 @@ class _Run:
             self.folder.note(f"strict-{number}", {"findings": [f.model_dump() for f in found]})
 
     def _partners(self, spec: AttackSpec, craft: Craft) -> tuple[Encoder, ...]:
-        """The further public encoders that an attack runs on; one that is fitted has them in its training."""
-        if spec.fits:
-            return ()
-        return tuple(self._supply.load(source) for source in spec.partners(spec.build(craft.attack.params)))
+        """The further public encoders that an attack runs on; see `run_partners`."""
+        sources = run_partners(spec, spec.build(craft.attack.params), craft.cells[0].encoder)
+        return tuple(self._supply.load(source) for source in sources)
 
     def _with_artifact(self, stage: StageAtWork, work: AttackAtWork) -> AttackAtWork:
         """`work` with what it learned, or with why it learned nothing: its samples then become error rows."""

@@ -66,7 +66,7 @@ class Supply:
     """What every training of one command shares. `open_dataset` opens a data source; `fresh` ignores the cache.
 
     `samples` is None for every surrogate image there is, which only `stream`, which leaves them in their files, takes.
-    `world` has the processes that train together, `log` is a file for the losses of every step, and `every` the seconds
+    `world` has the processes that train together, `losses` is a file for those of every step, and `every` the seconds
     between two checkpoints.
     """
 
@@ -82,7 +82,7 @@ class Supply:
     fresh: bool = False
     stream: bool = False
     world: World = SINGLE
-    log: Path | None = None
+    losses: Path | None = None
     every: float = 20.0
     _pools: dict[tuple[str, tuple[int, int], str], Pool] = field(default_factory=dict, init=False, repr=False)
     """Decoded images by encoder, size and source: every attack on an encoder trains on the same."""
@@ -236,7 +236,7 @@ class Supply:
             device=self.device,
             bf16=self.bf16,
             world=self.world,
-            log=self.log,
+            losses=self.losses,
         )
 
     def _pool(self, encoder: Encoder, dataset: Dataset | None = None) -> Pool:
@@ -281,8 +281,8 @@ class Supply:
         checkpoint = path.with_suffix(".partial.safetensors")
         leads = self.world.rank == 0
         if earlier := self.world.told(self._earlier(path, checkpoint) if leads else None):
-            if self.log is not None:
-                self.progress.say(f"{self.log} is left as it is: nothing is trained, as this was fitted earlier")
+            if self.losses is not None:
+                self.progress.say(f"{self.losses} is left as it is: nothing is trained, as this was fitted earlier")
             return earlier
         name, public = job.name, job.ground.public
         source = job.ground.pool.source if public is None else public.source

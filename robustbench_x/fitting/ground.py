@@ -111,7 +111,7 @@ class Ground:
     """The part of a training that is no plugin's. `public` and `partners` stand on `device`.
 
     `public` is the encoder that is fitted on, None for a defence that serves them all. `threat` is a budget of zero for
-    a defence, which learns from clean images alone. `world` has the processes that train; `log` is a file for the
+    a defence, which learns from clean images alone. `world` has the processes that train; `losses` is a file for the
     losses of every step.
     """
 
@@ -123,7 +123,7 @@ class Ground:
     bf16: bool = False
     partners: tuple[Encoder, ...] = ()
     world: World = SINGLE
-    log: Path | None = None
+    losses: Path | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -194,7 +194,7 @@ class Ground:
             show=show,
             stream=self.pool.stream,
             world=self.world,
-            log=self.log,
+            losses_to=self.losses,
         )
 
     def provenance(self, spec: Spec, params: Mapping[str, Any], key: str, trained: Trained, **more: Any) -> Provenance:

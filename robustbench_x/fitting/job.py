@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import nn
 
 from robustbench_x.encoders.encoder import Encoder
+from robustbench_x.encoders.loading import file_sha256
 from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.ground import Ground, code_digest, device_name
 from robustbench_x.fitting.loop import Show
@@ -66,7 +67,9 @@ class FitJob:
         behind = (
             [] if shield is None else [shield.spec.name, code_digest(type(shield.defense).__module__), shield.learned]
         )
-        return self.ground.key(self.spec, self.params, behind, dict(self.shield_params or {}), self.knowledge)
+        files = [file_sha256(path) for path in self.spec.reads(self.attack)]
+        more = [files] if files else []
+        return self.ground.key(self.spec, self.params, behind, dict(self.shield_params or {}), self.knowledge, *more)
 
     def cache_key(self) -> str:
         """See `Ground.cache_key`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustbench_x.errors import SourceError
-from robustbench_x.result import LayerDamage
+from robustbench_x.provenance import LayerDamage
 
 __all__ = ["LayerMap", "pack_layers", "read_layers", "unpack_layers"]
 

@@ -78,7 +78,7 @@ def run_training(
     show: Show | None = None,
     stream: Stream | None = None,
     world: World = SINGLE,
-    log: Path | None = None,
+    losses_to: Path | None = None,
 ) -> Trained:
     """Runs a training to its end, from its last checkpoint where there is one of the same `key`.
 
@@ -96,7 +96,7 @@ def run_training(
         show: Told about progress, a few times a second.
         stream: The surrogate images where they stay in their files; decides their order.
         world: The processes that share it.
-        log: A file for the loss terms of every step; see `Curve`.
+        losses_to: A file for the loss terms of every step; see `Curve`.
 
     Raises:
         SampleError: A loss term is not finite, or the method needs surrogate images and there is none.
@@ -110,7 +110,7 @@ def run_training(
     books = _Books(checkpoint, key, meter, stream, world)
     done = books.open(trainer, started)
     mine = world.rows(trainer.batch)
-    curve = Curve(log, done=done) if log is not None and world.rank == 0 else None
+    curve = Curve(losses_to, done=done) if losses_to is not None and world.rank == 0 else None
     terms: Mapping[str, Tensor] = {}
     saved = time.perf_counter()
     shown = 0.0

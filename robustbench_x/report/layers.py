@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from robustbench_x.provenance import LayerMapInfo
 from robustbench_x.report.words import threat_text
-from robustbench_x.result import LayerMapInfo, Report
+from robustbench_x.result import Report
 
 __all__ = ["MEANING", "LayerTable", "layer_tables"]
 

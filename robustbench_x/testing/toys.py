@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, Preprocessing, Tokens
+from robustbench_x.encoders.text import TextTower
 from robustbench_x.fitting.artifact import Artifact
 from robustbench_x.fitting.ground import Ground, Pool
 from robustbench_x.fitting.job import FitJob
@@ -147,17 +148,30 @@ def make_view(
     if access == "none":
         return ImageView(**shared)
     if access == "encoder":
-        handle = EncoderHandle(victim.encoder, lambda images: images, meter)
+        tower = TextTower(embed=lambda texts: _rows_of(texts, victim), scale=20.0, sha256="toy")
+        handle = EncoderHandle(victim.encoder, lambda images: images, meter, text=tower)
         partner = EncoderHandle(toy_victim(seed=1).encoder, lambda images: images, meter)
         # Neighbours are of other classes: see toy_victim.
         return EncoderView(
-            **shared, encoder=handle, artifact=artifact, partners=(partner,), targets=victim.images.roll(1, dims=0)
+            **shared,
+            encoder=handle,
+            artifact=artifact,
+            partners=(partner,),
+            targets=victim.images.roll(1, dims=0),
+            target_texts=tuple(str(label) for label in victim.labels.roll(1).tolist()),
         )
     shared |= {"labels": victim.labels.clone(), "num_classes": victim.head.num_classes}
     if access == "whitebox":
         return WhiteboxView(**shared, model=ModelHandle(victim.logits, meter))
     answer = "scores" if access == "scores" else "labels"
     return QueryView(**shared, query=Query(victim.logits, meter, answer=answer, cap=None))  # type: ignore[arg-type]
+
+
+def _rows_of(texts: Sequence[str], victim: ToyVictim) -> Tensor:
+    """A class's number as text, embedded as its mean features."""
+    with torch.no_grad():
+        features = victim.encoder(victim.images)
+    return torch.stack([features[victim.labels == int(text)].mean(dim=0) for text in texts])
 
 
 def fit_toy(

@@ -32,6 +32,9 @@ QUICK: dict[str, dict[str, object]] = {
     **{name: {"steps": 30} for name in ("uap", "ssp", "dr", "fff", "pap")},
     "instance:VMIFGSM": {"steps": 4},
     "xtransfer": {"steps": 30, "partners": ["toy"]},
+    "anyattack": {"steps": 3, "batch": 4, "k": 1},
+    **{name: {"steps": 20} for name in ("attackvlm_ii", "attackvlm_it", "m_attack")},
+    "ssa_cwa": {"steps": 5, "samples": 3},
 }
 """Parameters that make the slow ones quick; their strength is not what this test is about."""
 CHECKS = {check.__name__: check for check in ATTACK_CHECKS}

@@ -74,7 +74,7 @@ def test_a_training_reaches_neither_head_nor_labels() -> None:
     view = toy_job(load_registry().attacks["advencoder"], {}, victim, THREAT).view(Meter())
     assert _found(view, victim) == []
     assert {f.name for f in dataclasses.fields(view)} == {
-        "encoder", "surrogate", "threat", "seed", "device", "partners",
+        "encoder", "surrogate", "threat", "seed", "device", "partners", "world", "bf16",
     }  # fmt: skip
 
 

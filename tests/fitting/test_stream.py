@@ -3,6 +3,7 @@
 import functools
 import gc
 import io
+import json
 import resource
 import tarfile
 from collections import Counter
@@ -19,6 +20,7 @@ from robustbench_x.data.wds import SOURCE
 from robustbench_x.encoders.encoder import Preprocessing
 from robustbench_x.errors import ConfigError, DataError
 from robustbench_x.fitting import make_pool
+from robustbench_x.fitting.curve import Curve
 from robustbench_x.fitting.stream import Stream, StreamedImages, StreamOrder, stream_digest
 from robustbench_x.views import ImagePool
 
@@ -196,3 +198,21 @@ def test_an_image_without_a_file_cannot_be_streamed() -> None:
     for reading in (lambda: stream_digest([item]), lambda: Stream("s", [item], SMALL)):
         with pytest.raises(ConfigError, match="the image drawn lies in no file to stream it from; leave --stream out"):
             reading()
+
+
+# -- the curve of the losses
+
+
+def test_a_curve_keeps_the_steps_before_a_resume_and_drops_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "curve.jsonl"
+    curve = Curve(path, done=0)
+    for step in range(5):
+        curve.add(step, {"loss": step / 2})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = Curve(path, done=3)
+    resumed.add(3, {"loss": 9.0})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [*({"step": step, "loss": step / 2} for step in range(3)), {"step": 3, "loss": 9.0}]
+    Curve(path, done=0)
+    assert path.read_text() == ""

@@ -35,7 +35,9 @@ def make(seed=0):
 def other():
     return make(7)
 """
-TINY = ("steps=6", "batch=8", "k=2")
+# The paper's rate. At ten times that, so small a network drifts by more than 1e-4 in ten steps when its first weights
+# are changed by 1e-7, in one process as in two.
+TINY = ("steps=6", "batch=8", "k=2", "rate=1e-4")
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def _fit(out: str, params: Sequence[str], *more: str) -> list[str]:
     chosen = [word for param in params for word in ("-p", param)]
     return [
         "fit", "anyattack", "-e", "python:world_user_code:make", "--surrogate", "wds:s-{0..2}.tar", "--stream",
-        "--device", "cpu", "--out", f"{out}.safetensors", "--log", f"{out}.jsonl", *chosen, *more,
+        "--device", "cpu", "--out", f"{out}.safetensors", "--losses", f"{out}.jsonl", *chosen, *more,
     ]  # fmt: skip
 
 
@@ -72,53 +74,76 @@ def _made(name: str) -> Artifact:
     return read_artifact(Path(f"{name}.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "params",
-    [("mode=fixed", "chunk=3"), ("stage=finetune", "auxiliary=python:world_user_code:other")],
-    ids=["pretrain", "finetune"],
-)
-def test_two_processes_take_the_steps_of_one(rbx: Command, params: tuple[str, ...]) -> None:
+SEVERAL = """
+import json, sys
+from robustbench_x.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["rbx", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+
+
+def test_two_processes_take_the_steps_of_one(rbx: Command) -> None:
     pytest.importorskip("lightning_fabric")
-    ended = rbx(*_fit("one", [*TINY, *params]))
-    assert ended.code == 0, ended.err
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    cases = {
+        "pretrain": ("mode=fixed", "chunk=3"),
+        "compat": ("mode=compat", "augment=false"),
+        "finetune": ("stage=finetune", "auxiliary=python:world_user_code:other"),
+    }
+    for name, params in cases.items():
+        ended = rbx(*_fit(f"one-{name}", [*TINY, *params]))
+        assert ended.code == 0, ended.err
+    Path("several.py").write_text(SEVERAL)
+    commands = [_fit(f"two-{name}", [*TINY, *params], "--no-resume") for name, params in cases.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "several.py"]
     done = subprocess.run(
-        [*launch, "-m", "robustbench_x", *_fit("two", [*TINY, *params], "--no-resume")],
+        [*launch, json.dumps(commands)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two.safetensors sha256") + done.stdout.count("two.safetensors  sha256") == 1, "one speaks"
-    one, two = _curve("one"), _curve("two")
-    assert [row["step"] for row in two] == list(range(6))
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, abs=1e-4)
-    first, second = _made("one"), _made("two")
-    assert (first.provenance.processes, second.provenance.processes) == (1, 2)
-    assert first.provenance.key == second.provenance.key
-    assert first.provenance.forwards == second.provenance.forwards
-    assert first.provenance.surrogate_unreadable == second.provenance.surrogate_unreadable == 1
-    assert first.tensors.keys() == second.tensors.keys()
-    for name, tensor in first.tensors.items():
-        # Adam moves a weight by its rate, whatever the size of its gradient: where that is rounding alone, so is the
-        # direction. A few weights may part, the network does not.
-        torch.testing.assert_close(second.tensors[name], tensor, rtol=1e-3, atol=2e-3, msg=name)
+    for name in cases:
+        assert done.stdout.count(f"two-{name}.safetensors") == 1, "the first process alone speaks"
+        one, two = _curve(f"one-{name}"), _curve(f"two-{name}")
+        assert [row["step"] for row in two] == list(range(6))
+        for a, b in zip(one, two, strict=True):
+            assert b == pytest.approx(a, rel=0, abs=1e-4)
+        _assert_alike(_made(f"one-{name}"), _made(f"two-{name}"))
+
+
+def _assert_alike(one: Artifact, two: Artifact) -> None:
+    """The same training by one process and by two."""
+    first, second = one.provenance, two.provenance
+    assert (first.processes, second.processes) == (1, 2)
+    assert (first.key, first.forwards, first.backwards) == (second.key, second.forwards, second.backwards)
+    assert first.surrogate_unreadable == second.surrogate_unreadable == 1
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        # Adam moves a weight by its rate, whatever the size of its gradient. In front of batch norm a bias has none but
+        # rounding, which decides the direction of its six steps, and so the mean behind it.
+        adrift = name.endswith(("conv.bias", "conv1.bias", "conv2.bias", "running_mean"))
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1.3e-3 if adrift else 2e-4, msg=name)
 
 
 def test_a_killed_stream_goes_on_with_the_same_images(rbx: Command) -> None:
-    params = ("steps=150", "batch=8", "k=2")
+    params = ("steps=60", "batch=8", "k=2")
     whole = rbx(*_fit("whole", params))
     assert whole.code == 0, whole.err
     os.environ["RBX_CACHE"] += "-2"
     command = [sys.executable, "-m", "robustbench_x", *_fit("part", params, "--checkpoint-every", "0")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log, waited = Path("part.jsonl"), time.monotonic()
-    while process.poll() is None and (not log.is_file() or log.read_text().count("\n") < 30):
+    while process.poll() is None and (not log.is_file() or log.read_text().count("\n") < 12):
         assert time.monotonic() - waited < 120
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
-    assert 30 <= len(_curve("part")) < 150
+    assert 12 <= len(_curve("part")) < 60
     assert not Path("part.safetensors").exists()
     resumed = rbx(*_fit("part", params))
     assert resumed.code == 0, resumed.err
@@ -132,15 +157,17 @@ def test_a_killed_stream_goes_on_with_the_same_images(rbx: Command) -> None:
     assert first.provenance.forwards == second.provenance.forwards
 
 
-def test_a_stream_ends_as_images_in_memory_do_where_the_order_is_the_same(rbx: Command) -> None:
-    """One image: there is only one order."""
-    for name, more in (("streamed", ()), ("held", ())):
-        command = _fit(name, ["steps=3", "batch=4"], "--samples", "2", *more)
-        if name == "held":
-            command.remove("--stream")
-        assert rbx(*command).code == 0
-    assert _made("held").provenance.surrogate_sha256 != _made("streamed").provenance.surrogate_sha256
-    assert _made("held").provenance.surrogate_samples == 2
+def test_a_part_of_the_images_can_be_streamed(rbx: Command) -> None:
+    ended = rbx(*_fit("part", ["steps=3", "batch=4"], "--samples", "5"))
+    assert ended.code == 0, ended.err
+    made = _made("part").provenance
+    assert (made.surrogate_samples, made.streamed, made.processes) == (5, True, 1)
+    command = _fit("held", ["steps=3", "batch=4"], "--samples", "5")
+    command.remove("--stream")
+    assert rbx(*command).code == 0
+    assert not _made("held").provenance.streamed
+    again = rbx(*_fit("part", ["steps=3", "batch=4"], "--samples", "5"))
+    assert "part.jsonl is left as it is: nothing is trained, as this was fitted earlier" in again.err
 
 
 # -- what is refused

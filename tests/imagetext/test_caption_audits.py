@@ -37,7 +37,8 @@ AIM = attack(Aim, access="encoder", goal="targeted", aims=True)
 def _captioned(folder: Path) -> Path:
     captions: dict[str, tuple[str, ...]] = {}
     for name in CLASSES:
-        captions |= {f"{name}_0": (f"a {name}", f"one {name} here"), f"{name}_1": (f"a nice {name}", f"the {name} is nice")}
+        captions[f"{name}_0"] = (f"a {name}", f"one {name} here")
+        captions[f"{name}_1"] = (f"a nice {name}", f"the {name} is nice")
     return write_captions(folder, captions)
 
 

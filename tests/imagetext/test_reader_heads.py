@@ -1,4 +1,4 @@
-"""Audits of whole vision-language models as heads: matching, entailment, captioning, by a reader that is exactly known."""
+"""Audits of whole vision-language models as heads: matching, entailment and captioning by a reader that is known."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

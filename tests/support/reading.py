@@ -37,7 +37,7 @@ def _words(texts: Sequence[str]) -> Tensor:
     """A text is where the class it names is, a little off for every further word."""
     made = torch.zeros(len(texts), len(CLASSES))
     for row, text in zip(made, texts, strict=True):
-        named = [i for i, name in enumerate(CLASSES) if name in text][0]
+        named = next(i for i, name in enumerate(CLASSES) if name in text)
         row[named] = 1.0
         row[(named + 1) % len(CLASSES)] += 0.01 * len(text.split())
     return made

@@ -194,5 +194,7 @@ SPEC = AttackSpec(
     fits=True,
     partners=lambda attack: attack.sources,
     aims=True,
+    reads=lambda attack: tuple(Path(name).expanduser() for name in (attack.weights, attack.init) if name),
+    ready=lambda attack: bool(attack.artifact or attack.weights),
     scales=True,
 )

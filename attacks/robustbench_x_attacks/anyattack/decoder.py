@@ -192,7 +192,8 @@ class CompactDecoder(nn.Module):
         channels = (128, 96, 64)[: doublings + 1]
         self.norm = nn.BatchNorm1d(width, affine=False)
         self.reduce = nn.Linear(width, 256)
-        self.spread = nn.Linear(256, channels[0] * 7 * 7)
+        self.spread = nn.Linear(256, channels[0] * 7 * 7, bias=False)
+        self.differ = nn.BatchNorm1d(channels[0] * 7 * 7, affine=False)
         blocks: list[nn.Module] = []
         for before, after in itertools.pairwise(channels):
             blocks += [_ResBlock(before, before), _UpBlock(before, after)]
@@ -205,7 +206,7 @@ class CompactDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Noise, unbounded."""
         latent = F.leaky_relu(self.reduce(self.norm(features.float())), _SLOPE)
-        images = self.spread(latent).unflatten(1, (-1, 7, 7))
+        images = self.differ(self.spread(latent)).unflatten(1, (-1, 7, 7))
         if self.grid != (7, 7):
             images = F.interpolate(images, self.grid, mode="bilinear", align_corners=False)
         for block in self.upsample_blocks:

@@ -151,9 +151,9 @@ def _reading(missing: list[str]) -> str:
 `hits the target` is `targeted_success`, `wrong` is `asr`. Rows of `anyattack` cost one pass of the decoder and one of
 the encoder; its training is not in them, and is in the head of this page. `hits per 100 passes` divides the share
 that hits by the passes through encoders, a backward pass counting as two forward ones. In the tables of the image-text
-and of the other network, `attackvlm_ii`, `attackvlm_it`, `m_attack` and `ssa_cwa` have the victim's own encoder (white box on the
-encoder), `anyattack`, `m_attack, transfer` and `xtransfer` have EfficientNet-Lite0 alone. ConSE is built on that very
-network, so what reaches it from there is hardly a transfer. The photographs' captions are made of their classes' names.
+and of the other network, `attackvlm_ii`, `attackvlm_it`, `m_attack` and `ssa_cwa` have the victim's own encoder (white
+box on the encoder), `anyattack`, `m_attack, transfer` and `xtransfer` have EfficientNet-Lite0 alone. ConSE is built on
+that very network, so what reaches it from there is hardly a transfer. The photographs' captions are made of their classes' names.
 Noise and untargeted attacks have no target: `-`.
 
 ## Not measured

@@ -153,7 +153,7 @@ the encoder; its training is not in them, and is in the head of this page. `hits
 that hits by the passes through encoders, a backward pass counting as two forward ones. In the tables of the image-text
 and of the other network, `attackvlm_ii`, `attackvlm_it`, `m_attack` and `ssa_cwa` have the victim's own encoder (white
 box on the encoder), `anyattack`, `m_attack, transfer` and `xtransfer` have EfficientNet-Lite0 alone. ConSE is built on
-that very network, so what reaches it from there is hardly a transfer. The photographs' captions are made of their classes' names.
+that very network, so what reaches it from there is hardly a transfer. The captions are the names of the classes.
 Noise and untargeted attacks have no target: `-`.
 
 ## Not measured

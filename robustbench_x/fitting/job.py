@@ -67,7 +67,8 @@ class FitJob:
         behind = (
             [] if shield is None else [shield.spec.name, code_digest(type(shield.defense).__module__), shield.learned]
         )
-        files = [file_sha256(path) for path in self.spec.reads(self.attack)]
+        # A missing file is the attack's to name.
+        files = [file_sha256(path) for path in self.spec.reads(self.attack) if path.is_file()]
         more = [files] if files else []
         return self.ground.key(self.spec, self.params, behind, dict(self.shield_params or {}), self.knowledge, *more)
 

@@ -148,7 +148,8 @@ def make_view(
     if access == "none":
         return ImageView(**shared)
     if access == "encoder":
-        tower = TextTower(embed=lambda texts: _rows_of(texts, victim), scale=20.0, sha256="toy")
+        words = _means(victim)  # the tower must not hold the victim
+        tower = TextTower(embed=lambda texts: torch.stack([words[text] for text in texts]), scale=20.0, sha256="toy")
         handle = EncoderHandle(victim.encoder, lambda images: images, meter, text=tower)
         partner = EncoderHandle(toy_victim(seed=1).encoder, lambda images: images, meter)
         # Neighbours are of other classes: see toy_victim.
@@ -167,11 +168,11 @@ def make_view(
     return QueryView(**shared, query=Query(victim.logits, meter, answer=answer, cap=None))  # type: ignore[arg-type]
 
 
-def _rows_of(texts: Sequence[str], victim: ToyVictim) -> Tensor:
-    """A class's number as text, embedded as its mean features."""
+def _means(victim: ToyVictim) -> dict[str, Tensor]:
+    """The mean features of each class, by its number as text: what the toy reads."""
     with torch.no_grad():
         features = victim.encoder(victim.images)
-    return torch.stack([features[victim.labels == int(text)].mean(dim=0) for text in texts])
+    return {str(label): features[victim.labels == label].mean(dim=0) for label in sorted(set(victim.labels.tolist()))}
 
 
 def fit_toy(

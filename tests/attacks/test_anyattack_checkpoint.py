@@ -14,7 +14,8 @@ from robustbench_x.registry import load_registry
 from robustbench_x.testing import fit_toy, toy_victim
 from robustbench_x.threat import ThreatModel
 from robustbench_x_attacks.anyattack.checkpoint import pack, read_decoder, read_released, unpack
-from robustbench_x_attacks.anyattack.decoder import CompactDecoder, OfficialDecoder, make_decoder
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder
+from robustbench_x_attacks.anyattack.decoder import OfficialDecoder, make_decoder
 
 SPEC = load_registry().attacks["anyattack"]
 

@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.errors import AttackError
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder, place_codes
 from robustbench_x_attacks.anyattack.decoder import (
-    CompactDecoder,
     OfficialDecoder,
     kind_of,
     load_decoder,
@@ -128,26 +129,69 @@ def test_the_compact_decoder_is_small_for_any_width(width: int) -> None:
 @pytest.mark.parametrize("size", [(16, 16), (33, 47), (64, 64), (98, 98), (112, 160)])
 def test_the_compact_decoder_makes_noise_of_any_size(size: tuple[int, int]) -> None:
     made = make_decoder("compact", width=24, size=size, seed=0)
-    raw = made(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)))
-    assert raw.shape == (3, 3, *size)
-    assert 0.4 < float((raw.abs() < EPS).float().mean()) < 0.95, "most of it starts inside the budget"
+    features = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    assert made(features).shape == (3, 3, *size)
+    assert not made(features).any()
 
 
-def test_the_compact_decoder_s_size_moves_no_weight_from_64_pixels_on() -> None:
-    states = [CompactDecoder(24, size).state_dict() for size in ((64, 64), (224, 224), (100, 333))]
+def test_the_compact_decoder_s_size_moves_no_weight_from_96_pixels_on() -> None:
+    states = [CompactDecoder(24, size).state_dict() for size in ((96, 96), (224, 224), (100, 333))]
     assert len({tuple((name, tensor.shape) for name, tensor in state.items()) for state in states}) == 1
 
 
-def test_the_compact_decoder_does_not_mind_length_and_mean_of_the_embeddings() -> None:
-    made = make_decoder("compact", width=24, size=(16, 16), seed=0)
-    features = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(made(features), made(50 * features + 7), rtol=1e-3, atol=1e-4)
+def _book(width: int, size: tuple[int, int], *, codes: int = 6, side: tuple[int, int] | None = None) -> CompactDecoder:
+    """A decoder with random patterns."""
+    made = CompactDecoder(width, size, codes=codes, side=side)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        made.patterns.copy_(0.1 * torch.randn(made.patterns.shape, generator=generator))
+    return made
+
+
+def test_places_are_the_middles_of_clusters() -> None:
+    """Three clusters about a large common mean: each has a place, and its members get that place's pattern."""
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [0, 0, 4.0]]) + 50
+    features = middles.repeat_interleave(20, dim=0) + 0.1 * torch.randn(60, 3, generator=generator)
+    made = _book(3, (8, 8), codes=3)
+    assert not made.placed
+    for seed in range(8):  # k-means may start in one cluster twice
+        place_codes(made, features, torch.Generator().manual_seed(seed))
+        cosines = F.normalize(middles - features.mean(dim=0), dim=1) @ made.places.T
+        if bool((cosines.amax(dim=1) > 0.99).all()):
+            break
+    else:
+        pytest.fail("no start finds the three clusters")
+    assert made.placed
+    noise = made(features)
+    picked = [made.patterns[int(k)] for k in cosines.argmax(dim=1)]
+    for number, pattern in enumerate(picked):
+        assert torch.allclose(noise[20 * number], pattern, atol=1e-3)
+
+
+def test_with_few_embeddings_the_other_places_stay() -> None:
+    made = _book(4, (8, 8), codes=5)
+    before = made.places.clone()
+    place_codes(made, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0))
+    assert torch.equal(made.places[3:], before[3:])
+    assert not torch.equal(made.places[:3], before[:3])
+
+
+def test_patterns_are_tiled_over_larger_images() -> None:
+    made = _book(4, (8, 8))
+    features = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    small, large = made(features), made.sized((20, 13))(features)
+    assert large.shape == (2, 3, 20, 13)
+    assert torch.equal(large[..., :8, :8], small)
+    assert torch.equal(large[..., 8:16, :8], small)
+    assert torch.equal(large[..., 16:, 8:], small[..., :4, :5])
+    assert made.size == (8, 8)
 
 
 def test_a_decoder_is_decided_by_its_seed_and_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     made, again, another = (make_decoder("compact", width=8, size=(16, 16), seed=s) for s in (3, 3, 4))
-    weights = [decoder.state_dict()["reduce.weight"] for decoder in (made, again, another)]
+    weights = [decoder.state_dict()["places"] for decoder in (made, again, another)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     load_decoder(made.state_dict(), (16, 16))
@@ -155,9 +199,8 @@ def test_a_decoder_is_decided_by_its_seed_and_leaves_the_global_generator_alone(
 
 
 def test_a_loaded_decoder_answers_as_the_stored_one() -> None:
-    made = make_decoder("compact", width=8, size=(20, 20), seed=0)
+    made = _book(8, (20, 20), side=(5, 7))
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    made.train()(features)
     loaded = load_decoder(made.state_dict(), (20, 20))
     assert torch.equal(loaded(features), made.eval()(features))
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -168,11 +211,10 @@ def test_what_does_not_match_is_listed() -> None:
     made = make_decoder("compact", width=8, size=(16, 16), seed=0)
     state = made.state_dict()
     assert mismatch(made, state) == ""
-    state["stranger"] = state.pop("spread.bias")
-    state["reduce.bias"] = torch.zeros(3)
+    state["stranger"] = state.pop("patterns")
+    state["mean"] = torch.zeros(3)
     with pytest.raises(
-        AttackError,
-        match=r"missing: spread.bias; unexpected: stranger; of another shape: reduce.bias \(3,\) for \(256,\)",
+        AttackError, match=r"missing: patterns; unexpected: stranger; of another shape: mean \(3,\) for \(8,\)"
     ):
         load_decoder(state, (16, 16))
     with pytest.raises(AttackError, match="this is no decoder of anyattack: it holds delta"):

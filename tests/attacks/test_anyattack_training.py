@@ -180,7 +180,7 @@ def test_a_resumed_training_ends_with_the_same_tensors(stage: str, mode: str) ->
     resumed = second.result()
     assert resumed.keys() == whole.tensors.keys()
     assert all(torch.equal(resumed[name], whole.tensors[name]) for name in resumed)
-    assert "decoder.norm.running_mean" in kept
+    assert "decoder.mean" in kept
 
 
 def test_the_harness_resumes_it_from_its_checkpoint(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_a_training_goes_on_from_an_artefact(tmp_path: Path) -> None:
     write_artifact(path, first)
     params = {**TINY, "stage": "finetune", "init": str(path), "steps": 1, "rate": 1e-12, "weight_decay": 0.0}
     second = fit_toy(SPEC, params, VICTIM, THREAT)
-    weights = second.tensors["decoder.reduce.weight"]
-    torch.testing.assert_close(weights, first.tensors["decoder.reduce.weight"], rtol=0, atol=1e-6)
+    weights = second.tensors["decoder.patterns"]
+    torch.testing.assert_close(weights, first.tensors["decoder.patterns"], rtol=0, atol=1e-6)
     wider = _victim(width=48)
     with pytest.raises(AttackError, match=r"holds no compact decoder for embeddings of width 48 \(of another shape"):
         fit_toy(SPEC, params, wider, THREAT)

@@ -15,6 +15,7 @@ from robustbench_x.randomness import derive_seed
 from robustbench_x.views import EncoderHandle, EncoderView, FitView
 from robustbench_x_attacks.aimed.targets import sources_in, targets_of
 from robustbench_x_attacks.anyattack.checkpoint import read_decoder, read_released, unpack
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder
 from robustbench_x_attacks.anyattack.decoder import (
     OFFICIAL_SIZE,
     Decoder,
@@ -30,7 +31,7 @@ from robustbench_x_attacks.anyattack.trainer import DecoderTrainer, LossName, Re
 
 __all__ = ["SPEC", "AnyAttack"]
 
-_RATES: dict[DecoderKind, float] = {"compact": 1e-3, "official": 1e-4}
+_RATES: dict[DecoderKind, float] = {"compact": 4e-3, "official": 1e-4}
 _TEMPERATURE_STEPS = 10_000
 
 
@@ -63,7 +64,7 @@ class AnyAttack(Fitted):
     code has mixed precision with gradient scaling. Auxiliary encoders see images normalised as they expect and give
     pooled features, where the code passes plain pixels and matches the logits of one of them. Epochs are passes over
     the surrogate images. The crop and the turn of the augmentation are one resampling. The default decoder is our small
-    one. Noise of another size than the images is resized (bilinear).
+    one, whose noise is tiled over images of any size; the official one's is resized (bilinear).
     """
 
     decoder: DecoderKind = param("compact", "compact (ours, any encoder) or official (width 512, 224 pixels)")
@@ -79,7 +80,7 @@ class AnyAttack(Fitted):
     temperature_steps: int = param(_TEMPERATURE_STEPS, "of pretrain: steps between the two")
     steps: int = param(1000, "optimisation steps")
     batch: int = param(32, "target images per step")
-    rate: float | None = param(None, "AdamW's first learning rate; None: 1e-3 compact, 1e-4 official (the paper's)")
+    rate: float | None = param(None, "AdamW's first learning rate; None: 4e-3 compact, 1e-4 official (the paper's)")
     weight_decay: float = param(0.01, "AdamW's")
     restart: int = param(5000, "steps after which the learning rate's cosine starts again")
     augment: bool = param(True, "crop, mirror and (pretrain) turn the images at random")
@@ -151,9 +152,11 @@ class AnyAttack(Fitted):
         decoder, digest = unpack(view.artifact)
         with torch.no_grad():
             features = _reader(view, digest).features(targets)
+            size = (view.inputs.shape[-2], view.inputs.shape[-1])
+            if isinstance(decoder, CompactDecoder):
+                decoder = decoder.sized(size)
             noise = noise_for(decoder, features, view.threat.eps, self.mode)
-        if noise.shape[-2:] != view.inputs.shape[-2:]:
-            size = view.inputs.shape[-2:]
+        if noise.shape[-2:] != size:
             noise = F.interpolate(noise, size, mode="bilinear", antialias=True, align_corners=False)
         return (view.inputs + noise).clamp(0, 1)
 

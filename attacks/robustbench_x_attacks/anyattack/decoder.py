@@ -1,7 +1,5 @@
 """The networks that turn an embedding into noise: the released one, entry by entry, and a small one of our own."""
 
-import itertools
-import math
 from collections.abc import Mapping
 from typing import Literal, cast, final
 
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_x.errors import AttackError
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder
 
 __all__ = [
     "OFFICIAL_SIZE",
@@ -36,7 +35,6 @@ OFFICIAL_SIZE = 224
 
 _SLOPE = 0.2
 _GRID = 14
-_SHUFFLE = 4
 
 
 @final
@@ -162,60 +160,6 @@ class OfficialDecoder(nn.Module):
             )
 
 
-@final
-class CompactDecoder(nn.Module):
-    """Our own network: embeddings `(N, width)`, as the encoder gives them, to noise `(N, 3, *size)`, unbounded.
-
-    2.5 million parameters at width 512, 2.9 at 2048, and the same whatever the size from 64 pixels on. What we chose:
-
-    * Batch norm without weights on the embedding. The features of one encoder share a large mean and differ in length
-      from encoder to encoder by an order of magnitude; what tells targets apart is what is left.
-    * The released network's first layer is 92 % of its weights. Here a linear layer to 256 numbers and one to a 7 x 7
-      grid of 128 channels, with a leaky ReLU between, which is resized (bilinear) to a 16th of the image.
-    * Two doublings in the same blocks, without attention, of 128, 96 and 64 channels (none below 32 pixels), where the
-      released network has four: its last two, at half and full size, take most of the time and hold few weights. Here
-      the last convolution makes the 4 x 4 pixels of every place at once (pixel shuffle). A size that is no multiple
-      of the grid's is cut from the middle of the next larger one: resizing would smooth the noise.
-    * The last convolution starts at a tenth of torch's weights: most noise then lies inside a budget of 16/255, where a
-      hard bound passes gradients.
-
-    Args:
-        width: Of the embeddings.
-        size: (height, width) of the noise.
-    """
-
-    def __init__(self, width: int, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.width, self.size = width, size
-        doublings = min(2, max(0, int(math.log2(max(min(size), 16) / 16))))
-        self.grid = tuple(math.ceil(side / (_SHUFFLE * 2**doublings)) for side in size)
-        channels = (128, 96, 64)[: doublings + 1]
-        self.norm = nn.BatchNorm1d(width, affine=False)
-        self.reduce = nn.Linear(width, 256)
-        self.spread = nn.Linear(256, channels[0] * 7 * 7, bias=False)
-        self.differ = nn.BatchNorm1d(channels[0] * 7 * 7, affine=False)
-        blocks: list[nn.Module] = []
-        for before, after in itertools.pairwise(channels):
-            blocks += [_ResBlock(before, before), _UpBlock(before, after)]
-        self.upsample_blocks = nn.ModuleList([*blocks, _ResBlock(channels[-1], channels[-1])])
-        self.final_conv = nn.Conv2d(channels[-1], 3 * _SHUFFLE**2, 3, padding=1)
-        with torch.no_grad():
-            self.final_conv.weight.mul_(0.1)
-            self.final_conv.bias.mul_(0.1)  # type: ignore[union-attr]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Noise, unbounded."""
-        latent = F.leaky_relu(self.reduce(self.norm(features.float())), _SLOPE)
-        images = self.differ(self.spread(latent)).unflatten(1, (-1, 7, 7))
-        if self.grid != (7, 7):
-            images = F.interpolate(images, self.grid, mode="bilinear", align_corners=False)
-        for block in self.upsample_blocks:
-            images = block(images)
-        noise = F.pixel_shuffle(self.final_conv(images), _SHUFFLE)
-        top, left = ((made - side) // 2 for made, side in zip(noise.shape[-2:], self.size, strict=True))
-        return noise[..., top : top + self.size[0], left : left + self.size[1]]
-
-
 Decoder = OfficialDecoder | CompactDecoder
 
 
@@ -246,15 +190,23 @@ def load_decoder(state: Mapping[str, Tensor], size: tuple[int, int]) -> Decoder:
         AttackError: Entries are missing, unknown or of another shape; they are listed.
     """
     kind = kind_of(state)
-    first = state.get("fc.0.weight" if kind == "official" else "reduce.weight")
+    first = state.get("fc.0.weight" if kind == "official" else "places")
     if first is None or first.ndim != 2:
         raise AttackError(f"this is no decoder of anyattack: it holds {', '.join(sorted(state)[:5]) or 'nothing'}")
     with torch.device("meta"):
-        decoder = _CLASSES[kind](first.shape[1], size)
+        decoder = _like(state, kind, first.shape[1], size)
     if problems := mismatch(decoder, state):
         raise AttackError(f"these are not the weights of a {kind} decoder ({problems})")
     decoder.load_state_dict(dict(state), assign=True)
     return decoder.eval().requires_grad_(False)
+
+
+def _like(state: Mapping[str, Tensor], kind: DecoderKind, width: int, size: tuple[int, int]) -> Decoder:
+    """A decoder of that kind, with as many and as large patterns as `state` has."""
+    patterns = state.get("patterns")
+    if kind == "official" or patterns is None or patterns.ndim != 4:
+        return _CLASSES[kind](width, size)
+    return CompactDecoder(width, size, codes=len(patterns), side=patterns.shape[-2:])
 
 
 def mismatch(decoder: Decoder, state: Mapping[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ from robustbench_x.victim import fresh_draw
 from robustbench_x.views import EncoderHandle, FitView
 from robustbench_x_attacks.anyattack.augment import deranged, others, random_views
 from robustbench_x_attacks.anyattack.checkpoint import pack
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder, place_codes
 from robustbench_x_attacks.anyattack.decoder import Decoder, Mode, noise_for
 from robustbench_x_attacks.anyattack.losses import (
     alignment,
@@ -33,6 +34,7 @@ Stage = Literal["pretrain", "finetune"]
 LossName = Literal["bicl", "cosine"]
 
 _DEGREES = 15.0
+_PLACED_BY, _PART = 2048, 64
 
 
 class Recipe(NamedTuple):
@@ -110,6 +112,8 @@ class DecoderTrainer:
             self._decoder.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay
         )
         self._moved = torch.tensor(False, device=view.device)
+        if isinstance(decoder, CompactDecoder) and not decoder.placed:
+            self._place(decoder)
 
     def step(self, number: int, index: Tensor) -> Mapping[str, Tensor]:
         """See `Trainer`."""
@@ -253,6 +257,23 @@ class DecoderTrainer:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._decoder.parameters() if p.grad is not None]
+
+    def _place(self, decoder: CompactDecoder) -> None:
+        """The first process places the codes, for all of them."""
+        world, device = self._view.world, self._view.device
+        if world.rank == 0:
+            place_codes(decoder, self._embeddings(), self._generator("codes", 0))
+        if world.size > 1:
+            mean, places = world.told((decoder.mean.cpu(), decoder.places.cpu()))
+            decoder.mean, decoder.places = mean.to(device), places.to(device)
+
+    @torch.no_grad()
+    def _embeddings(self) -> Tensor:
+        """Embeddings of up to 2,048 surrogate images, evenly spaced."""
+        count = min(len(self._view.surrogate), _PLACED_BY)
+        index = torch.arange(count) * (len(self._view.surrogate) // count)
+        parts = torch.split(index, _PART)
+        return torch.cat([self._view.encoder.features(self._view.surrogate.batch(part)) for part in parts])
 
     def _check_gradients(self, number: int) -> None:
         largest = torch.stack([gradient.abs().amax() for gradient in self._gradients()]).amax()

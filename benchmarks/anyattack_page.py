@@ -1,6 +1,7 @@
 """docs/results/anyattack.md from the runs of benchmarks/anyattack.py."""
 
 import datetime
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from robustbench_x.numbers import format_eps
 from robustbench_x.report.markdown import table
 from robustbench_x.report.words import figure, percent
 from robustbench_x.result import CellResult, Measure, Report, read_report
+from robustbench_x.stats import wilson
 
 _TITLES = {
     "digits": "On its own surrogate: EfficientNet-Lite0 at 96 pixels, digits",
@@ -21,7 +23,12 @@ _UNMEASURED = Measure(value=None)
 def write(page: Path, work: Path) -> None:
     """Writes the page from every run that is there."""
     reports = {name: read_report(work / name) for name in _TITLES if (work / name / "report.json").exists()}
-    sections = [_head(reports), _answer(reports), *(_victim(name, report) for name, report in reports.items())]
+    sections = [
+        _head(reports),
+        _answer(reports),
+        _found(work / "found.json"),
+        *(_victim(name, report) for name, report in reports.items()),
+    ]
     missing = [text for name, text in _TITLES.items() if name not in reports]
     sections.append(_reading(missing))
     page.write_text("\n".join(sections), encoding="utf-8")
@@ -76,6 +83,46 @@ def _answer(reports: Mapping[str, Report]) -> str:
                     f"{percent(noise.metrics['asr'].value)}"
                 )
     return "\n".join(lines) + "\n"
+
+
+def _found(path: Path) -> str:
+    """How often the target is found among all by the surrogate's own features."""
+    if not path.is_file():
+        return ""
+    rows = []
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        share = wilson(row["hits"], row["n"])
+        cost = row["forwards"] + 2 * row["backwards"]
+        rows.append(
+            (
+                row["data"],
+                format_eps(row["eps"]),
+                row["attack"],
+                figure(Measure(value=share.value, low=share.low, high=share.high)),
+                percent(1 / row["n"]),
+                f"{row['forwards']:.1f}",
+                f"{row['backwards']:.1f}",
+                f"{row['seconds']:.3f}",
+                "-" if not cost else f"{100 * (share.value or 0) / cost:.2f}",
+            )
+        )
+    header = (
+        "images",
+        "budget",
+        "attack",
+        "target found",
+        "chance",
+        "forwards",
+        "backwards",
+        "s/image",
+        "per 100 passes",
+    )
+    return (
+        "## What stage 1 trains: the target found among many\n\nBy the features of EfficientNet-Lite0 at 96 pixels the "
+        "attacked image is nearest to its own target, of all targets. The crops are other ones of the photographs\n"
+        "that the decoder was trained on; the photographs of packaged:photos it has never seen.\n\n"
+        + table(header, rows)
+    )
 
 
 def _classes(report: Report, head: str) -> int:

@@ -197,6 +197,7 @@ SPEC = AttackSpec(
     fits=True,
     partners=lambda attack: attack.sources,
     aims=True,
+    shipped=Path(__file__).parents[1] / "weights",
     reads=lambda attack: tuple(Path(name).expanduser() for name in (attack.weights, attack.init) if name),
     ready=lambda attack: bool(attack.artifact or attack.weights),
     scales=True,

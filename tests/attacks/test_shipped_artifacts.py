@@ -3,15 +3,25 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import robustbench_x_attacks
+from robustbench_x.data.dataset import open_dataset
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.fitting import read_artifact
+from robustbench_x.randomness import SampleRandom
 from robustbench_x.registry import load_registry
+from robustbench_x.threat import ThreatModel
+from robustbench_x.views import EncoderHandle, EncoderView, Meter
+from robustbench_x_attacks.anyattack.attack import AnyAttack
+from robustbench_x_attacks.anyattack.checkpoint import unpack
+from robustbench_x_attacks.anyattack.codebook import CompactDecoder
 from robustbench_x_attacks.universal.advencoder import SPEC
 
 FOLDER = Path(robustbench_x_attacks.__file__).parent / "weights"
-SHIPPED = sorted(FOLDER.glob("*.safetensors"))
+SHIPPED = sorted(FOLDER.glob("advencoder-*.safetensors"))
+DECODER = FOLDER / "anyattack-efficientnet_lite0.safetensors"
 ENCODERS = ("packaged:dinov2_vits14?size=98", "packaged:efficientnet_lite0")
 
 
@@ -39,3 +49,40 @@ def test_its_encoder_is_the_packaged_one(source: str) -> None:
     (artifact,) = [a for path in SHIPPED if (a := read_artifact(path)).provenance.encoder == source]
     assert artifact.provenance.encoder_sha256 == encoder.sha256
     assert artifact.provenance.input_size == encoder.input_size
+
+
+def test_the_decoder_is_small_and_has_a_card_with_its_digest() -> None:
+    artifact, card = read_artifact(DECODER), DECODER.with_suffix(".md").read_text(encoding="utf-8")
+    assert DECODER.stat().st_size < 10_000_000
+    assert artifact.sha256 in card
+    assert artifact.provenance.encoder_sha256 in card
+    assert "rbx fit anyattack" in card
+    learned = unpack(artifact.tensors)
+    assert isinstance(learned.decoder, CompactDecoder)
+    assert learned.encoder_sha256 == artifact.provenance.encoder_sha256
+
+
+@pytest.mark.slow
+def test_the_decoder_finds_targets_that_noise_does_not() -> None:
+    """Photographs that no training saw: their targets' embeddings are nearest far more often than by chance."""
+    registry = load_registry()
+    encoder = load_encoder("packaged:efficientnet_lite0?size=96", registry).encoder
+    images = torch.stack([encoder.preprocessing(i.load()) for i in open_dataset("packaged:photos", registry).test])
+    targets, threat = images.roll(1, dims=0), ThreatModel(eps=16 / 255)
+    random = SampleRandom(range(len(images)))
+    view = EncoderView(
+        inputs=images,
+        threat=threat,
+        random=random,
+        encoder=EncoderHandle(encoder, lambda pixels: pixels, Meter()),
+        targets=targets,
+        artifact=read_artifact(DECODER).tensors,
+    )
+    with torch.no_grad():
+        wanted = F.normalize(encoder(targets), dim=1)
+        found = [
+            int(((F.normalize(encoder(made), dim=1) @ wanted.T).argmax(dim=1) == torch.arange(len(images))).sum())
+            for made in (AnyAttack().run(view), threat.noise(images, random))
+        ]
+    assert found[0] >= 5
+    assert found[1] <= 2

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_x.errors import SampleError
-from robustbench_x.heads.base import FittedHead, Ranking
+from robustbench_x.heads.base import CAPTIONED, FittedHead, Ranking
 from robustbench_x.randomness import derive_seed
 from robustbench_x.threat import ThreatModel
 from robustbench_x.victim import DefendedEncoder, fresh_draw
@@ -130,7 +130,7 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
     logits = torch.stack([head(features) for features in reading.features])
     finite = logits.isfinite().all(dim=2).all(dim=0)
     scored = torch.ones_like(finite) if reading.acceptance is None else reading.acceptance.isfinite()
-    votes = logits.argmax(dim=2)
+    votes = logits.argmax(dim=2) if head.task not in CAPTIONED else _strictly(logits, labels)
     right = (votes == labels).float().mean(dim=0) > 0.5
     counts = F.one_hot(votes, head.num_classes).sum(dim=0)
     wrong_class = counts.scatter(1, labels[:, None], -1).argmax(dim=1)
@@ -144,6 +144,14 @@ def predict(reading: Reading, head: FittedHead, labels: Tensor) -> Prediction:
             for both, fine in zip((finite & scored).tolist(), finite.tolist(), strict=True)
         ],
     )
+
+
+def _strictly(logits: Tensor, labels: Tensor) -> Tensor:
+    """The class of each draw `(draws, N)`, where the label must lead alone: scores of captions tie often."""
+    index = labels.expand(len(logits), -1).unsqueeze(2)
+    others = logits.scatter(2, index, -torch.inf)
+    leads = logits.gather(2, index).squeeze(2) > others.amax(dim=2)
+    return torch.where(leads, labels, others.argmax(dim=2))
 
 
 @torch.no_grad()

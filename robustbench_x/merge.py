@@ -119,6 +119,7 @@ def _check_alike(runs: Sequence[Path], reports: Sequence[Report]) -> None:
             "trained defenses (share $RBX_CACHE, or fit once with rbx fit and pass the file)": [
                 (proof.encoder, proof.data, proof.defenses) for proof in report.proofs
             ],
+            "captions, or what reads them": [(proof.encoder, proof.data, proof.texts) for proof in report.proofs],
             "artefacts (fit once with rbx fit and pass the file)": [
                 (cell.id, None if cell.fit is None else cell.fit.sha256) for cell in report.cells
             ],

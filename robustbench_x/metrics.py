@@ -207,8 +207,7 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
     return {
         **rates,
         **(_retrieval_metrics(outcome.retrieval, judged) if outcome.retrieval else {}),
-        **(outcome.pairing.metrics(outcome.label, outcome.target, judged) if outcome.pairing else {}),
-        **(outcome.spoken.metrics(judged) if outcome.spoken else {}),
+        **(_text_metrics(outcome) if outcome.acceptance is None else {}),
         **(_detector_metrics(outcome) if outcome.acceptance else {}),
         "feature_cosine": _mean_of(outcome.feature_cosine[judged]),
         "linf_max": _max_of(outcome.linf[judged]),
@@ -218,6 +217,16 @@ def compute(outcome: Outcome) -> dict[str, Interval]:
         "backwards_per_sample": _mean_of(outcome.backwards[judged]),
         "seconds": _mean_of(outcome.seconds[judged]),
     }
+
+
+def _text_metrics(outcome: Outcome) -> dict[str, Interval]:
+    """Recall, entailment and words; nothing behind a detector, where a refused image is in no gallery."""
+    found: dict[str, Interval] = {}
+    if outcome.pairing is not None:
+        found |= outcome.pairing.metrics(outcome.label, outcome.target, outcome.judged)
+    if outcome.spoken is not None:
+        found |= outcome.spoken.metrics(outcome.judged)
+    return found
 
 
 def _retrieval_metrics(retrieval: Mapping[str, FloatArray], judged: BoolArray) -> dict[str, Interval]:

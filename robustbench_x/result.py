@@ -182,7 +182,8 @@ class StageProof(Stored):
     victim makes of two fixed images, which shows changed code or heads where a digest of weights does not. `tuned` has
     the digest of every head's own encoder: one that was tuned again may answer alike and still be another victim.
     `defenses` has the digest of what each defence had learned, `shields` what each makes of these images (null in a run
-    from before that was asked), and `drawn` the kind of device that each random one drew on.
+    from before that was asked), and `drawn` the kind of device that each random one drew on. `texts` has digests of the
+    captions of all shards and of what reads them.
     """
 
     encoder: str
@@ -194,6 +195,7 @@ class StageProof(Stored):
     defenses: dict[str, str] = pydantic.Field({})
     shields: dict[str, dict[str, tuple[float, ...]]] | None = None
     drawn: dict[str, str] = pydantic.Field({})
+    texts: dict[str, str] = pydantic.Field({})
 
 
 class RunInfo(Stored):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_x.encoders.text import TextTower
-from robustbench_x.errors import RangeError, SourceError
+from robustbench_x.errors import RangeError, SampleError, SourceError
 
 __all__ = [
     "Backbone",
@@ -269,6 +269,11 @@ def features_of_looks(encoder: Encoder, seen: Tensor) -> Tensor:
     """Features `(N, D)` of images `(N, 3, H, W)`, or their mean over V looks at each `(N, V, 3, H, W)`."""
     if seen.ndim == 4:
         return encoder(seen)  # type: ignore[no-any-return]
+    if getattr(encoder.backbone, "is_pixels", False):
+        raise SampleError(
+            f"the defence gives {seen.shape[1]} looks at an image, and {encoder.source} reads pixels: their mean is an "
+            "image that nobody would show it"
+        )
     return _mean_of_looks(encoder(seen.flatten(0, 1)), len(seen))
 
 

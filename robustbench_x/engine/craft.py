@@ -166,11 +166,16 @@ def _judge(
         return [
             _error_row(stage, cell, batch, part.start + i, problem, seeds[i]) for cell in cells for i in range(count)
         ]
-    return [
-        row
-        for cell in cells
-        for row in _rows(stage, work, cell, batch, part, made, (clean, adversarial, rounded), seeds)
-    ]
+    rows = []
+    for cell in cells:
+        try:
+            rows += _rows(stage, work, cell, batch, part, made, (clean, adversarial, rounded), seeds)
+        except (Exception, SystemExit) as error:  # a head that is a whole model runs here
+            if is_out_of_memory(error):
+                raise
+            problem = f"head {cell.head} failed: {type(error).__name__}: {error}"
+            rows += [_error_row(stage, cell, batch, part.start + i, problem, seeds[i]) for i in range(count)]
+    return rows
 
 
 def _rows(
@@ -190,6 +195,8 @@ def _rows(
     predictions = [verdict.classes.tolist() for verdict in verdicts]
     margin = verdicts[1].margin.tolist()
     cosine = feature_cosine(adversarial, clean).tolist()
+    if head.settings.get("reads_pixels"):
+        cosine = [None] * len(cosine)  # of pixels it would be, and not of features
     linf, l2, ssim = (m.tolist() for m in (made.measured.linf, made.measured.l2, made.measured.ssim))
     overrun = made.admitted.overrun.tolist()
     accepted = {
@@ -201,7 +208,9 @@ def _rows(
     seen = made.testimony if cell.defense == work.craft.seen else None
     ranked = _ranked(head, clean, adversarial, labels)
     scored = _scored(head, clean, adversarial)
-    aimed = [stage.targets.of(item) for item in batch.items[part]] if work.spec.aims else None
+    # A control is measured against the same targets, though it knows of none: that is what they are worth by chance.
+    aiming = work.spec.aims or (work.spec.control and stage.aims)
+    aimed = [stage.targets.of(item) for item in batch.items[part]] if aiming else None
     targets = _target_labels(stage, cell, aimed, len(labels))
     said = _said(head, clean, adversarial, batch.items[part], aimed)
     rows = []

@@ -28,6 +28,7 @@ def proof_of(stage: StageAtWork) -> StageProof:
         tuned={name: head.encoder.sha256 for name, head in stage.heads.items() if head.encoder is not None},
         defenses={title: shield.learned for title, shield in stage.shields.items() if shield and shield.learned},
         shields={title: _shield_answers(stage, title, shield) for title, shield in stage.shields.items() if shield},
+        texts=stage.texts(),
         drawn={t: stage.device.type for t, shield in stage.shields.items() if shield and shield.spec.stochastic},
     )
 
@@ -78,7 +79,7 @@ def same_proof(stored: StageProof, now: StageProof) -> bool:
 
     Tuned weights count to the bit: trained again elsewhere, they answer alike and are another victim all the same.
     """
-    mine, theirs = ((p.sha256, p.images, p.tuned, p.defenses) for p in (now, stored))
+    mine, theirs = ((p.sha256, p.images, p.tuned, p.defenses, p.texts) for p in (now, stored))
     return mine == theirs and same_answers(stored, now)
 
 
@@ -113,7 +114,7 @@ def _room(values: Sequence[float]) -> float:
 
 def changed(stage: Stage) -> str:
     """The middle of the sentence that refuses a changed victim."""
-    what = f"the weights, code, heads or defenses of {stage.encoder} or the images of {stage.data}"
+    what = f"the weights, code, heads or defenses of {stage.encoder} or the images or captions of {stage.data}"
     return f"{what} changed since this audit was"
 
 

@@ -15,7 +15,7 @@ from robustbench_x.engine.progress import Progress
 from robustbench_x.engine.shields import describe_shields
 from robustbench_x.engine.targets import Targets
 from robustbench_x.errors import DataError, NothingEvaluatedError
-from robustbench_x.heads.base import FittedHead
+from robustbench_x.heads.base import CAPTIONED, FittedHead
 from robustbench_x.heads.build import build_head
 from robustbench_x.integrity import Seal, modules_within
 from robustbench_x.judge import Reading, read_features
@@ -90,6 +90,8 @@ class StageAtWork:
         self.text = loaded.text
         self.items = select_items(dataset, stage.samples, config)
         everyone = draw_subset(dataset.test, stage.samples, seed=config.seed)
+        self.aims = any(registry.attacks[craft.attack.name].aims for craft in stage.crafts)
+        self._everyone = everyone
         self.targets = Targets(everyone, self.encoder.preprocessing, seed=config.seed)
         self.heads: dict[str, FittedHead] = {}
         self.labels: dict[str, Tensor] = {}
@@ -105,6 +107,7 @@ class StageAtWork:
                 device=device,
                 batch_size=batch_size,
                 gallery=everyone,
+                allow_pickle=config.allow_pickle,
                 progress=_following(progress, doing),
             ).to(device)
             if "tuned_sha256" in self.heads[name].settings:
@@ -228,6 +231,24 @@ class StageAtWork:
             for item, _ in batch.unreadable.values():
                 digest.update(f"{item.id}:unreadable;".encode())
         return digest.hexdigest()
+
+    def texts(self) -> dict[str, str]:
+        """Digests of what the samples of all shards are said to show, and of what reads it; empty where nobody reads.
+
+        Where an attack aims, the targets hang on all of them too.
+        """
+        readers = {name: head for name, head in self.heads.items() if "text_sha256" in head.settings}
+        readers |= {name: head for name, head in self.heads.items() if head.task in CAPTIONED}
+        found = {
+            name: str(head.settings.get("text_sha256") or head.settings.get("reader_sha256"))
+            for name, head in readers.items()
+        }
+        if self.aims or any(head.task in CAPTIONED for head in readers.values()):
+            digest = hashlib.sha256()
+            for item in self._everyone:
+                digest.update(repr((item.id, item.label, item.captions)).encode())
+            found["gallery of all shards"] = digest.hexdigest()
+        return found
 
     def unreadable(self) -> tuple[str, ...]:
         """Why each evaluated image that could not be read could not be."""

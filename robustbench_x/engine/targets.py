@@ -17,7 +17,7 @@ __all__ = ["Targets"]
 
 @final
 class Targets:
-    """A target image for every sample: the next one of another class in a seeded order of the evaluated images.
+    """A target image for every sample: the next one of another class, and with other captions, in a seeded order.
 
     So every image is the target of about one other, as where the adversarial images take the places of their targets in
     a gallery. The order depends on ids and seed alone, not on batches or shards. What cannot be read is passed over.
@@ -40,7 +40,8 @@ class Targets:
         start = self._place[item.id]
         for offset in range(1, len(self._order)):
             other: Item = self._order[(start + offset) % len(self._order)]
-            if other.label != item.label and self._read(other) is not None:
+            said = item.captions and other.captions == item.captions
+            if other.label != item.label and not said and self._read(other) is not None:
                 return other
         return None
 

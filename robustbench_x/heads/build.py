@@ -1,5 +1,6 @@
 """From a head's name to a head ready to judge: read, wrapped, fitted, or tuned on the training split."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def build_head(
     device: torch.device,
     batch_size: int,
     gallery: Sequence[Item] = (),
+    allow_pickle: bool = False,
     progress: Tell | None = None,
 ) -> FittedHead:
     """The head called `name` for one encoder and one data set, on `device`.
@@ -55,6 +57,7 @@ def build_head(
         device: Where features are computed and the head ends up.
         batch_size: Images per forward pass.
         gallery: The evaluated images of all shards, whose captions head `captions` ranks.
+        allow_pickle: Lets the weights of a vision-language model run code while they load.
         progress: Told in a few words about training images encoded and epochs trained.
 
     Raises:
@@ -79,7 +82,9 @@ def build_head(
     if kind == "captions":
         return build_captions(loaded, gallery).to(device)
     if kind in _READERS:
-        return build_reader_head(name, loaded=loaded, gallery=gallery, load=load_reader).to(device)
+        return build_reader_head(
+            name, loaded=loaded, gallery=gallery, load=functools.partial(load_reader, allow_pickle=allow_pickle)
+        ).to(device)
     if kind == "file":
         return read_head(Path(path), name=name, encoder=loaded.encoder, registry=registry).to(device)
     if not dataset.train:

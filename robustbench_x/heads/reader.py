@@ -35,6 +35,7 @@ class _Pixels(nn.Module):
     """The pixels as features: what a whole model is handed."""
 
     layers: tuple[str, ...] = ()
+    is_pixels = True
 
     def pooled(self, images: Tensor) -> Tensor:
         return images.flatten(1)
@@ -77,8 +78,13 @@ class ReaderHead(nn.Module):
         """Scores `(N, M)` of every caption.
 
         `match`: the model's own. `entail`: log-likelihood of yes less that of no or maybe, so above 0 it says yes.
-        `caption`: ROUGE-L of what the model says against each caption.
+        `caption`: ROUGE-L of what the model says against each caption. An image with NaN in it, which a defence made,
+        has NaN scores, and the model does not see it.
         """
+        finite = features.isfinite().all(dim=1)
+        if not finite.all():
+            scores = torch.full((len(features), len(self._texts)), torch.nan, device=features.device)
+            return scores.index_put((finite,), self.scores(features[finite])) if finite.any() else scores
         if self._skill == "match":
             return self.reader.match(self._images(features), self._texts)
         if self._skill == "entail":
@@ -92,6 +98,10 @@ class ReaderHead(nn.Module):
 
         The same image is described once: a judge asks for the scores and for the words.
         """
+        broken = ~features.isfinite().all(dim=1)
+        if broken.any():
+            said = iter(self.say(features[~broken]) if not broken.all() else [])
+            return ["" if lost else next(said) for lost in broken.tolist()]
         keys = [hashlib.sha256(row.numpy().tobytes()).digest() for row in features.detach().cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._said]
         if new:

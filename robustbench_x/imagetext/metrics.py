@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustbench_x.imagetext.captions import bleu, cider, rouge_l
-from robustbench_x.stats import Interval, wilson
+from robustbench_x.stats import Interval, bounded_mean, wilson
 
 __all__ = [
     "CAPTIONING_METRICS",
@@ -45,7 +45,8 @@ def _recalls() -> Described:
 IMAGE_TEXT_METRICS = _recalls()
 
 ENTAILMENT_METRICS: Described = {
-    f"{prefix}entailed": (f"the model says yes to a caption; {whose}", True) for prefix, whose in _SIDES.items()
+    **{f"{prefix}entailed": (f"the model says yes to a caption; {whose}", True) for prefix, whose in _SIDES.items()},
+    "clean_entailed_other": ("the model says yes to a caption of another image; clean images", True),
 }
 
 _SPOKEN = {
@@ -102,17 +103,24 @@ class Pairing:
 
     def _yes(self, prefix: str, scores: NDArray[np.float64], right: NDArray[np.int64]) -> dict[str, Interval]:
         own = right[:, None] == self.group
-        return {f"{prefix}entailed": wilson(int((scores[own] > 0).sum()), int(own.sum()))}
+        yes = scores > 0
+        found = {f"{prefix}entailed": bounded_mean([float(yes[i, own[i]].mean()) for i in range(len(own))])}
+        if prefix == "clean_":
+            others = [float(yes[i, ~own[i]].mean()) for i in range(len(own)) if not own[i].all()]
+            found["clean_entailed_other"] = bounded_mean(others)
+        return found
 
     def _recalls(self, prefix: str, scores: NDArray[np.float64], right: NDArray[np.int64]) -> dict[str, Interval]:
         own = right[:, None] == self.group
         to_text = _ranks(scores, own)
         asked = own.any(axis=0)
         to_image = _ranks(scores.T[asked], own.T[asked])
-        found = {}
-        for name, ranks in (("tr", to_text), ("ir", to_image)):
-            for k in RANKS:
-                found[f"{prefix}{name}@{k}"] = wilson(int((ranks <= k).sum()), len(ranks))
+        found = {f"{prefix}tr@{k}": wilson(int((to_text <= k).sum()), len(to_text)) for k in RANKS}
+        # The captions of one image stand or fall together: an interval over captions would be too narrow.
+        images = self.group[asked]
+        for k in RANKS:
+            hit = to_image <= k
+            found[f"{prefix}ir@{k}"] = bounded_mean([float(hit[images == group].mean()) for group in np.unique(images)])
         values = [interval.value for interval in found.values() if interval.value is not None]
         mean = Interval(value=float(np.mean(values))) if len(values) == len(found) else Interval()
         return {**found, f"{prefix}r@mean": mean}

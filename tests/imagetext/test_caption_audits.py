@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from project import CLASSES, TINY, Audited, attack, audit, audit_config, value
+from project import CLASSES, TINY, Audited, attack, audit, audit_config, metrics_without_time, registry, value
 from reading import READS, write_captions
 from robustbench_x.config import AuditConfig
 from robustbench_x.data.dataset import open_dataset
 from robustbench_x.encoders.encoder import Preprocessing
 from robustbench_x.encoders.source import load_encoder
 from robustbench_x.engine.targets import Targets
-from robustbench_x.errors import DataError, SourceError
+from robustbench_x.errors import DataError, RunError, SourceError, UsageError
+from robustbench_x.merge import merge_runs
 from robustbench_x.registry import Registry, load_registry
 from robustbench_x.views import EncoderView
 
@@ -92,9 +93,54 @@ def test_every_sample_has_a_target_of_another_image(audited: Audited) -> None:
     rows = audited.of(audited.cell("aim"))
     assert sorted(row["target"] for row in rows) == sorted(row["label"] for row in rows)
     assert all(row["target"] != row["label"] for row in rows)
-    assert all(row["target"] is None for row in audited.of(audited.cell("noise")))
-    assert "targeted_success" not in audited.cell("noise").metrics
-    assert "target_tr@1" not in audited.cell("noise").metrics
+    noise = {row["sample"]: row["target"] for row in audited.of(audited.cell("noise"))}
+    assert noise == {row["sample"]: row["target"] for row in rows}, "what the targets are worth by chance"
+
+
+def test_where_nothing_aims_there_is_no_target(images: Path, tmp_path: Path) -> None:
+    audited = audit(audit_config(images, encoder=READS, head="zero_shot"), tmp_path / "out")
+    assert all(row["target"] is None for row in audited.rows)
+    assert all("targeted_success" not in cell.metrics for cell in audited.report.cells)
+
+
+def test_images_of_the_same_captions_are_not_aimed_at_each_other(tmp_path: Path) -> None:
+    captions = {f"cat_{i}": ("a cat",) for i in range(6)} | {"dog_0": ("a dog",), "dog_1": ("a dog",)}
+    path = write_captions(tmp_path, captions)
+    audited = audit(_config(f"captions:{path}"), tmp_path / "out", AIM)
+    for row in audited.of(audited.cell("aim")):
+        assert row["target"] != row["label"]
+
+
+def _edit(path: Path) -> None:
+    entries = json.loads(path.read_text())
+    entries[0]["caption"][0] = "an ant, to be exact"
+    path.write_text(json.dumps(entries))
+
+
+def test_changed_captions_are_another_audit(tmp_path: Path) -> None:
+    path = _captioned(tmp_path)
+    audit(_config(f"captions:{path}"), tmp_path / "out", AIM)
+    _edit(path)
+    with pytest.raises(RunError, match=r"images or captions of .* changed since this audit was finished"):
+        audit(_config(f"captions:{path}"), tmp_path / "out", AIM)
+
+
+def test_shards_of_other_captions_do_not_merge(tmp_path: Path) -> None:
+    path = _captioned(tmp_path)
+    audit(_config(f"captions:{path}", shard="1/2"), tmp_path / "one", AIM)
+    _edit(path)
+    audit(_config(f"captions:{path}", shard="2/2"), tmp_path / "two", AIM)
+    with pytest.raises(UsageError, match="captions, or what reads them differ"):
+        merge_runs([tmp_path / "one", tmp_path / "two"], tmp_path / "whole", registry(AIM))
+
+
+def test_shards_merge_to_the_whole(tmp_path: Path) -> None:
+    path = _captioned(tmp_path)
+    whole = audit(_config(f"captions:{path}"), tmp_path / "whole", AIM).report
+    for shard in ("1/2", "2/2"):
+        audit(_config(f"captions:{path}", shard=shard), tmp_path / shard[0], AIM)
+    merged = merge_runs([tmp_path / "1", tmp_path / "2"], tmp_path / "merged", registry(AIM))
+    assert metrics_without_time(merged) == metrics_without_time(whole)
 
 
 def test_targets_do_not_depend_on_batches_or_shards(tmp_path: Path) -> None:
@@ -221,6 +267,6 @@ def test_texts_of_an_encoder_are_unit_vectors_in_order() -> None:
 
 
 def test_registry_lists_the_heads_of_text() -> None:
-    registry: Registry = load_registry()
-    names: Sequence[str] = list(registry.heads)
+    known: Registry = load_registry()
+    names: Sequence[str] = list(known.heads)
     assert {"zero_shot", "captions"} <= set(names)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from project import CLASSES, SIDE, Audited, attack, audit, patterns, value
+from project import CLASSES, SIDE, Audited, attack, audit, defense, patterns, value
 from reading import READS, write_captions
 from robustbench_x.config import AuditConfig
 from robustbench_x.encoders.encoder import Preprocessing
@@ -19,6 +19,7 @@ from robustbench_x.heads import build
 from robustbench_x.imagetext.captions import cider
 from robustbench_x.imagetext.metrics import Pairing, Spoken
 from robustbench_x.imagetext.reader import LoadedReader, Skills
+from robustbench_x.plugin import DefenseSpec
 from robustbench_x.views import EncoderView
 
 
@@ -57,7 +58,7 @@ def _answer(images: Tensor, questions: Sequence[str], choices: Sequence[str]) ->
     return torch.stack([100 * (own - 0.02), torch.zeros_like(own), torch.full_like(own, -50.0)], dim=1)
 
 
-def _reader(source: str, *, skills: Skills | None = None) -> LoadedReader:
+def _reader(source: str, *, skills: Skills | None = None, allow_pickle: bool = False) -> LoadedReader:
     return LoadedReader(
         source=source,
         model=torch.nn.Linear(2, 2),
@@ -77,7 +78,13 @@ def _data(folder: Path) -> str:
     return f"captions:{write_captions(folder, captions)}"
 
 
-def _run(folder: Path, head: str, attacks: Sequence[str | Mapping[str, Any]] = ("become",), **settings: Any) -> Audited:
+def _run(
+    folder: Path,
+    head: str | Sequence[str],
+    attacks: Sequence[str | Mapping[str, Any]] = ("become",),
+    planted: DefenseSpec | None = None,
+    **settings: Any,
+) -> Audited:
     values = {
         "target": [{"encoder": READS, "head": head, "data": _data(folder)}],
         "attack": [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in attacks],
@@ -85,7 +92,7 @@ def _run(folder: Path, head: str, attacks: Sequence[str | Mapping[str, Any]] = (
         "device": "cpu",
         **settings,
     }
-    return audit(AuditConfig.model_validate(values), folder / "out", BECOME)
+    return audit(AuditConfig.model_validate(values), folder / "out", BECOME, *([] if planted is None else [planted]))
 
 
 def test_a_matching_model_is_told_from_its_texts(tmp_path: Path) -> None:
@@ -120,7 +127,8 @@ def test_what_a_model_says_is_scored_against_own_and_target_captions(tmp_path: P
     assert value(cell, "target_cider") == pytest.approx(hit)
     assert value(cell, "cider") < clean
     assert value(cell, "target_rouge_l") == pytest.approx(value(cell, "clean_rouge_l"))
-    assert "target_cider" not in audited.cell("noise").metrics
+    assert value(audited.cell("noise"), "target_cider") < value(cell, "target_cider")
+    assert all(cell.metrics["feature_cosine"].value is None for cell in audited.report.cells)
 
 
 def test_a_captioner_without_gradient_is_never_robust_by_that(tmp_path: Path) -> None:
@@ -135,7 +143,74 @@ def test_a_model_that_is_asked_says_yes_to_the_target(tmp_path: Path) -> None:
     cell = _run(tmp_path, "entail:hf:some/model").cell("become")
     assert cell.task == "entailment"
     assert value(cell, "clean_entailed") == value(cell, "target_entailed") == 1.0
-    assert value(cell, "entailed") == 0.0
+    assert value(cell, "entailed") == value(cell, "clean_entailed_other") == 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """Two looks at every image."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        return torch.stack([images, images.flip(3)], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holes:
+    """NaN where the first row of pixels is darker than the last."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        dark = images[:, :, 0].mean(dim=(1, 2)) < images[:, :, -1].mean(dim=(1, 2))
+        return torch.where(dark[:, None, None, None], torch.nan, images)
+
+
+@pytest.mark.parametrize("kind", ["match", "caption", "entail"])
+def test_no_whole_model_sees_the_mean_of_several_looks(tmp_path: Path, kind: str) -> None:
+    audited = _run(tmp_path, f"{kind}:hf:some/model", defense=[{"name": "looks"}], planted=defense(Looks))
+    rows = audited.of(audited.cell("become", defense="looks", knowledge="oblivious"))
+    assert all("2 looks at an image" in row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["match", "caption", "entail"])
+def test_a_broken_image_costs_its_row_alone(tmp_path: Path, kind: str) -> None:
+    audited = _run(tmp_path, f"{kind}:hf:some/model", defense=[{"name": "holes"}], planted=defense(Holes))
+    rows = audited.of(audited.cell("become", defense="holes", knowledge="oblivious"))
+    assert {row["error"] is not None for row in rows} == {True, False}
+
+
+def test_a_model_that_fails_costs_its_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fails(images: Tensor, texts: Sequence[str]) -> Tensor:
+        calls.append(len(images))
+        if len(calls) > 3:
+            raise RuntimeError("the tokenizer fell over")
+        return _match(images, texts)
+
+    monkeypatch.setattr(build, "load_reader", lambda source, **_: _reader(source, skills=Skills(match=fails)))
+    audited = _run(tmp_path, ["match:hf:some/model", "captions"])
+    broken = audited.of(audited.cell("become", head="match:hf:some/model"))
+    assert all("the tokenizer fell over" in row["error"] for row in broken)
+    assert audited.cell("become", head="captions").n_errors == 0
+
+
+def test_equal_scores_make_no_image_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = Skills(match=lambda images, texts: torch.zeros(len(images), len(texts)) + 0 * images.sum())
+    monkeypatch.setattr(build, "load_reader", lambda source, **_: _reader(source, skills=flat))
+    cell = _run(tmp_path, "match:hf:some/model").cell("become")
+    assert value(cell, "clean_accuracy") == value(cell, "clean_tr@1") == 0.0
+
+
+def test_pickles_are_read_where_the_audit_allows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def load(source: str, *, allow_pickle: bool = False) -> LoadedReader:
+        asked.append(allow_pickle)
+        return _reader(source)
+
+    monkeypatch.setattr(build, "load_reader", load)
+    _run(tmp_path, "match:hf:some/model", allow_pickle=True)
+    assert asked
+    assert all(asked)
 
 
 def test_asking_about_too_many_captions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +225,7 @@ def test_a_model_is_not_asked_for_what_it_cannot(
 ) -> None:
     able = {"match": _match, "caption": _caption, "answer": _answer}
     able.pop(skill)
-    monkeypatch.setattr(build, "load_reader", lambda source: _reader(source, skills=Skills(**able)))  # type: ignore[arg-type]
+    monkeypatch.setattr(build, "load_reader", lambda source, **_: _reader(source, skills=Skills(**able)))  # type: ignore[arg-type]
     with pytest.raises(SourceError, match=f"cannot {skill}; it can"):
         _run(tmp_path, f"{kind}:hf:some/model")
 

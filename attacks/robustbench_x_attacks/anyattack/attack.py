@@ -178,7 +178,7 @@ class AnyAttack(Fitted):
 
 def _reader(view: EncoderView, digest: str) -> EncoderHandle:
     """The encoder whose embeddings the decoder was trained on: the audited one, or the one it was fitted on."""
-    for encoder in (view.encoder, *view.partners):
+    for encoder in (*view.partners, view.encoder):  # the partner runs at the size it was fitted at
         if encoder.sha256 == digest:
             return encoder
     raise AttackError(

@@ -140,6 +140,16 @@ def test_a_trained_decoder_leads_to_targets_it_never_saw(params: dict[str, objec
     assert _closeness(images, view) > _closeness(noise, view) + 0.08
 
 
+def test_the_encoder_that_it_was_fitted_on_reads_the_targets() -> None:
+    """The same network at another size has the same digest: the one handed over for it comes first."""
+    learned = fit_toy(SPEC, {"steps": 1, "batch": 12, "k": 1}, VICTIM, THREAT)
+    meters = Meter(), Meter()
+    handles = [EncoderHandle(VICTIM.encoder, lambda images: images, meter) for meter in meters]
+    view = replace(_view(learned=learned.tensors), encoder=handles[0], partners=(handles[1],))
+    SPEC.build({}).run(view)
+    assert (meters[0].forwards, meters[1].forwards) == (0, len(view.inputs))
+
+
 @pytest.mark.parametrize(("stage", "term"), [("pretrain", "info_nce"), ("finetune", "bicl")])
 def test_the_loss_falls(stage: str, term: str) -> None:
     params = {

@@ -39,8 +39,8 @@ _BEGUN = ".unfinished"
 class CraftRequest:
     """Which attack, on which images, against which encoder.
 
-    `targets` is an image, or a folder of them, for an attack that aims: the images take turns. `target_text` says what
-    they show.
+    `targets` is an image, or a folder of them, for an attack that aims: the images take turns, and no image is its own
+    target. `target_text` says what they show.
     """
 
     attack: str
@@ -170,14 +170,18 @@ def _batch(request: CraftRequest, tools: _Tools, items: tuple[Item, ...], first:
     encoder, pixels = tools.loaded.encoder, {}
     aims = {}
     for number, item in enumerate(items, first):
-        if tools.aims:
-            name, aims[item.id] = tools.aims[number % len(tools.aims)]
-            entries[item.id]["target"] = name
-    for item in items:
         try:
-            pixels[item.id] = encoder.preprocessing(item.load())
+            image = encoder.preprocessing(item.load())
         except DataError as error:
             entries[item.id]["error"] = str(error)
+            continue
+        if tools.aims:
+            aim = _aim(tools.aims, number, image)
+            if aim is None:
+                entries[item.id]["error"] = "its only target is the image itself"
+                continue
+            entries[item.id]["target"], aims[item.id] = aim
+        pixels[item.id] = image
     if not pixels:
         return list(entries.values())
     inputs = torch.stack(list(pixels.values())).to(tools.device)
@@ -206,6 +210,12 @@ def _batch(request: CraftRequest, tools: _Tools, items: tuple[Item, ...], first:
             "feature_cosine": None if cosine[i].isnan() else float(cosine[i]),
         }
     return list(entries.values())
+
+
+def _aim(aims: tuple[tuple[str, Tensor], ...], turn: int, image: Tensor) -> tuple[str, Tensor] | None:
+    """The target whose turn it is, or the next one that is not `image` itself; None where there is none."""
+    turns = (aims[(turn + i) % len(aims)] for i in range(len(aims)))
+    return next((aim for aim in turns if not torch.equal(aim[1], image)), None)
 
 
 def _attack(

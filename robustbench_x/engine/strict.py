@@ -223,8 +223,22 @@ class _Harder:
             raise NotRun("no sample is right when clean")
         return check()
 
+    def _need_gradient(self) -> None:
+        """A head that answers in words, say, passes none; a defence or an encoder that cuts it off is a failure.
+
+        Raises:
+            NotRun: The head's logits do not hang on its features.
+        """
+        name = self.again.head
+        with torch.no_grad():
+            features = self.stage.body(name)(self.again.batch(self.correct[:1]).images)
+        with torch.enable_grad():
+            if not self.stage.heads[name](features.detach().requires_grad_(True)).requires_grad:
+                raise NotRun("the head passes no gradient")
+
     def _jumps(self) -> list[Finding]:
         """Whether the loss that white-box attacks follow jumps around the images."""
+        self._need_gradient()
         chosen = self.correct[:_PROBED]
         through = perceive(self.shield, "full")
         name = self.again.head
@@ -245,6 +259,7 @@ class _Harder:
         """Whether anything survives a budget at which every image can be made grey; a detector may well refuse grey."""
         if self.shield is not None and self.shield.spec.detects:
             raise NotRun("a detector may well refuse an image that is all grey")
+        self._need_gradient()
         chosen = _spread(self.correct)
         fooled = self.again.fooled(_GRADIENT, {"steps": 2 * _STEPS}, chosen, threat=_UNBOUNDED)
         left = 1 - sum(fooled) / len(fooled)
@@ -261,6 +276,7 @@ class _Harder:
         """The attacks of the audit with twice as much of one parameter."""
         if not self.standing:
             return []  # everything fell already
+        self._need_gradient()
         if not self.tried:
             raise NotRun("no white-box attack of the audit knew this victim", mendable=True)
         values = {
@@ -278,6 +294,7 @@ class _Harder:
         return found
 
     def _single_step(self) -> list[Finding]:
+        self._need_gradient()
         params = {"steps": 1, "step_size": self.again.threat.radius, "random_start": False}
         return self._broken("single_step_wins", _GRADIENT, params, "one step of the gradient's sign")
 
@@ -290,6 +307,7 @@ class _Harder:
         """Whether the attack wins at least when the defence's randomness is known and stands still."""
         shield, chosen = self.shield, _spread(self.correct)
         assert shield is not None, "a random defence"
+        self._need_gradient()
         still = dataclasses.replace(
             shield,
             spec=dataclasses.replace(shield.spec, stochastic=False),

@@ -22,6 +22,7 @@ from robustbench_x.diagnose import (
 from robustbench_x.findings import FINDINGS, finding
 from robustbench_x.heads.base import FittedHead
 from robustbench_x.plugin import AttackSpec, DefenseSpec
+from robustbench_x.randomness import SampleRandom
 from robustbench_x.result import Finding
 from robustbench_x.testing import toy_victim
 from robustbench_x.threat import ThreatModel
@@ -205,6 +206,24 @@ def test_an_honest_gradient_is_not_doubted(threat: ThreatModel) -> None:
 )
 def test_a_masked_gradient_is_named(act: Callable[[Tensor], Tensor], expected: str) -> None:
     assert set(_gradient(_see(act))) == {expected}
+
+
+def _bent(images: Tensor) -> Tensor:
+    """Logits that rise at the probe point and turn back within the probe's whole step: true gradient, much curvature."""
+    start = THREAT.start(toy_victim().images[:8], SampleRandom(range(8), device=images.device))
+    rise = (images - start).flatten(1).mean(dim=1) / (THREAT.radius / 16)
+    return torch.stack([5 + rise - 6 * rise**3, 0 * rise], dim=1)
+
+
+@pytest.mark.parametrize(("forge", "expected"), [(1, {}), (-1, {"misleading_gradient": "error"})])
+def test_curvature_at_the_whole_step_is_no_forgery(forge: int, expected: dict[str, str]) -> None:
+    assert _gradient(lambda x: _bent(x).detach() + forge * (_bent(x) - _bent(x).detach())) == expected
+
+
+@pytest.mark.parametrize("rate", [1e4, 3e4, 1e5])
+def test_a_ripple_is_shattered_even_where_finer_steps_resolve_it(rate: float) -> None:
+    see = _see()
+    assert set(_gradient(lambda x: see(x + 0.01 * torch.sin(rate * x)))) >= {"misleading_gradient"}
 
 
 def test_a_foreign_gradient_is_doubted_only_where_it_claims_to_be_the_true_one() -> None:

@@ -95,6 +95,12 @@ def test_every_shown_command_has_those_options(page: str, command: str) -> None:
     found.make_context(name, arguments, resilient_parsing=False)
 
 
+@pytest.mark.parametrize(("page", "command"), _commands())
+def test_no_shell_expands_a_shown_command(page: str, command: str) -> None:
+    bare = re.sub(r"'[^']*'", "", command)
+    assert not re.search(r"\{[^}]*(,|\.\.)[^}]*\}|\*", bare), f"{page}: {command}"
+
+
 def test_the_universal_page_s_transfer_audit_is_one() -> None:
     config = parse_toml(_blocks("docs/universal.md", "toml")[0], AuditConfig, name="docs/universal.md")
     plan = make_plan(config, load_registry())

@@ -53,6 +53,25 @@ def test_one_target_serves_every_image(tmp_path: Path) -> None:
     assert {entry["target"] for entry in manifest["images"]} == {single.name}
 
 
+def test_no_image_is_its_own_target(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "images", train=1, test=1)
+    manifest = craft_folder(_craft(tmp_path, "attackvlm_ii", targets=source), registry())
+    names = [entry["source"] for entry in manifest["images"]]
+    assert [entry["target"] for entry in manifest["images"]] == [*names[1:], names[0]]
+    assert all("error" not in entry for entry in manifest["images"])
+
+
+def test_an_image_whose_only_target_is_itself_is_an_error(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "images", train=1, test=1)
+    single = next(source.rglob("*.png"))
+    manifest = craft_folder(_craft(tmp_path, "attackvlm_ii", targets=single), registry())
+    failed = [entry for entry in manifest["images"] if "error" in entry]
+    own = str(single.relative_to(source))
+    assert failed == [{"source": own, "error": "its only target is the image itself"}]
+    assert not (tmp_path / "out" / f"{own}.png").exists()
+    assert len(list((tmp_path / "out").rglob("*.png"))) == len(manifest["images"]) - 1
+
+
 def test_a_text_can_be_the_target(tmp_path: Path) -> None:
     single = next(write_images(tmp_path / "targets", train=1, test=1).rglob("*.png"))
     request = _craft(tmp_path, "attackvlm_it", targets=single, target_text="a cat")

@@ -15,11 +15,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from robustbench_x.data.packaged import SOURCE as PHOTOS
+from robustbench_x.diagnose import probe_gradient
 from robustbench_x.encoders.encoder import LoadedEncoder
 from robustbench_x.encoders.packaged import SOURCE
 from robustbench_x.encoders.source import EncoderOptions
 from robustbench_x.encoders.text import TextTower
 from robustbench_x.errors import MissingExtraError
+from robustbench_x.threat import ThreatModel
 
 _NAME = "packaged:conse_minilm"
 
@@ -72,6 +74,16 @@ def test_it_names_and_retrieves_the_photos(
     # Two photographs are of one class, hence share their caption: one of them cannot be found.
     assert (scores.argmax(dim=1) == rows).float().mean() >= 0.95
     assert (scores.argmax(dim=0) == rows).float().mean() >= 0.95
+
+
+def test_its_steep_softmax_is_no_misleading_gradient(conse: LoadedEncoder, photos: tuple[Tensor, Tensor]) -> None:
+    images = photos[0][:8]
+
+    def doubts(see: Callable[[Tensor], Tensor]) -> list[str]:
+        return [f.id for f in probe_gradient(images, see, ThreatModel(eps=8 / 255), loss="cosine", honest=True)]
+
+    assert doubts(conse.encoder) == []
+    assert doubts(lambda x: 2 * conse.encoder(x).detach() - conse.encoder(x)) == ["misleading_gradient"]
 
 
 def test_the_text_side_is_the_published_sentence_encoder(text: TextTower) -> None:

@@ -139,6 +139,18 @@ def test_a_captioner_without_gradient_is_never_robust_by_that(tmp_path: Path) ->
     assert all(cell.metrics[name].value is None for name in ("cider", "bleu4", "rouge_l"))
 
 
+def test_checks_by_gradient_do_not_run_on_a_captioner(tmp_path: Path) -> None:
+    attacks = [{"name": "become"}, {"name": "pgd", "steps": 2}]
+    found = _run(tmp_path, "caption:hf:some/model", attacks, checks="all", eps=0.01).report.findings
+    assert "strict_check_failed" not in {f.id for f in found}
+    (told,) = [f for f in found if f.id == "check_not_run" and "the head passes no gradient" in f.message]
+    assert told.level == "note"
+    by_gradient = "unstable_loss, unbounded_fails, more_iterations_break, more_restarts_break, single_step_wins"
+    assert told.message.startswith(f"{by_gradient}: ")
+    found = _run(tmp_path / "match", "match:hf:some/model", attacks, checks="all", eps=0.01).report.findings
+    assert not [f for f in found if "no gradient" in f.message]
+
+
 def test_a_model_that_is_asked_says_yes_to_the_target(tmp_path: Path) -> None:
     cell = _run(tmp_path, "entail:hf:some/model").cell("become")
     assert cell.task == "entailment"

@@ -165,8 +165,8 @@ def _compare_differences(
 ) -> list[Finding]:
     """Central differences along the gradient's sign against what the gradient promises.
 
-    Curvature may swamp the first-order term at the whole step, as in a steep softmax. Then the change is not small, only
-    another one, and finer steps bring its ratio to the promise to 1; a forged gradient is wrong at every step.
+    Curvature may swamp the first-order term at the whole step, as in a steep softmax. Then the change is not small,
+    only another one, and finer steps bring its ratio to the promise to 1; a forged gradient is wrong at every step.
     """
     whole = min(threat.radius, 4 / 255) / 16
     # Where the promise drowns in float32 rounding nothing can be said.

@@ -73,7 +73,7 @@ def test_an_image_whose_only_target_is_itself_is_an_error(tmp_path: Path) -> Non
 
 
 def test_a_text_can_be_the_target(tmp_path: Path) -> None:
-    single = next(write_images(tmp_path / "targets", train=1, test=1).rglob("*.png"))
+    single = next(write_images(tmp_path / "targets", train=1, test=1, seed=9).rglob("*.png"))
     request = _craft(tmp_path, "attackvlm_it", targets=single, target_text="a cat")
     assert all("error" not in entry for entry in craft_folder(request, registry())["images"])
     bare = _craft(tmp_path, "attackvlm_it", targets=single, out=tmp_path / "bare")

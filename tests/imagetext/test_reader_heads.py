@@ -140,7 +140,8 @@ def test_a_captioner_without_gradient_is_never_robust_by_that(tmp_path: Path) ->
 
 
 def test_checks_by_gradient_do_not_run_on_a_captioner(tmp_path: Path) -> None:
-    attacks = [{"name": "become"}, {"name": "pgd", "steps": 2}]
+    attacks: list[str | Mapping[str, Any]] = ["become", {"name": "pgd", "steps": 2}]
+    (tmp_path / "match").mkdir()
     found = _run(tmp_path, "caption:hf:some/model", attacks, checks="all", eps=0.01).report.findings
     assert "strict_check_failed" not in {f.id for f in found}
     (told,) = [f for f in found if f.id == "check_not_run" and "the head passes no gradient" in f.message]

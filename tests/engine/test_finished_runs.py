@@ -59,7 +59,7 @@ def test_nor_for_other_images(tmp_path: Path) -> None:
     config = audit_config(images)
     run_audit(config, tmp_path / "out", registry=registry())
     save_image(images / "test" / "ant" / "00.png", torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)))
-    with pytest.raises(RunError, match=r"or the images of .* changed since"):
+    with pytest.raises(RunError, match=r"or the images or captions of .* changed since"):
         run_audit(config, tmp_path / "out", registry=registry())
 
 

@@ -129,6 +129,7 @@ def _assert_alike(one: Artifact, two: Artifact) -> None:
         torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1.3e-3 if adrift else 2e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on_with_the_same_images(rbx: Command) -> None:
     params = ("steps=60", "batch=8", "k=2")
     whole = rbx(*_fit("whole", params))

@@ -34,9 +34,12 @@ def _fit(spec: HeadSpec, features: Tensor, labels: Tensor, classes: int = 3, see
 
 def test_the_catalogue_is_complete() -> None:
     assert [spec.name for spec in HEADS] == [
-        "native", "linear", "mlp", "knn", "prototype", "retrieval", "lora", "adapter", "full", "file",
+        "native", "linear", "mlp", "knn", "prototype", "retrieval", "zero_shot", "captions", "match", "entail",
+        "caption", "lora", "adapter", "full", "file",
     ]  # fmt: skip
-    assert [spec.name for spec in HEADS if not (spec.fit or spec.tune)] == ["native", "file"]
+    assert [spec.name for spec in HEADS if not (spec.fit or spec.tune)] == [
+        "native", "zero_shot", "captions", "match", "entail", "caption", "file",
+    ]  # fmt: skip
     assert all(spec.summary for spec in HEADS)
 
 

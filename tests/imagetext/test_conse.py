@@ -76,6 +76,7 @@ def test_it_names_and_retrieves_the_photos(
     assert (scores.argmax(dim=0) == rows).float().mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_its_steep_softmax_is_no_misleading_gradient(conse: LoadedEncoder, photos: tuple[Tensor, Tensor]) -> None:
     found = probe_gradient(photos[0][12:], conse.encoder, ThreatModel(eps=4 / 255), loss="cosine", honest=True)
     assert found == []

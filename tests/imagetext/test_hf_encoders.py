@@ -239,6 +239,7 @@ def test_without_transformers_the_pip_command_is_given(
         _load(folders["clip"])
 
 
+@pytest.mark.slow
 def test_the_registry_imports_neither_library() -> None:
     code = (
         "import sys; from robustbench_x.registry import load_registry as load; names = list(load().encoders); "

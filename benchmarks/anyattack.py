@@ -38,7 +38,7 @@ SURROGATE = "packaged:efficientnet_lite0?size=96"
 VICTIMS: dict[str, tuple[dict[str, Any], int]] = {
     "digits": ({"encoder": SURROGATE, "head": ["linear", "retrieval"], "data": "packaged:digits"}, 30),
     "photos": ({"encoder": "packaged:efficientnet_lite0", "head": "native", "data": "packaged:photos"}, 16),
-    "conse": ({"encoder": "packaged:conse_minilm", "head": ["captions", "zero_shot"], "data": "packaged:photos"}, 16),
+    "conse": ({"encoder": "packaged:conse_minilm", "head": ["captions", "zero_shot"], "data": "packaged:photos"}, 8),
     "dinov2": ({"encoder": "packaged:dinov2_vits14?size=98", "head": "linear", "data": "packaged:digits"}, 10),
 }
 """The decoder's own surrogate, the same network at another size, an image-text encoder over it, and another network."""

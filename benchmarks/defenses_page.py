@@ -192,7 +192,9 @@ def _victim(name: str, victim: Victim, infos: Mapping[tuple[str, str], DefenseIn
         rows = []
         entries = {d: e for (d, at), e in victim.items() if at == eps}
         used = [rung for rung in RUNGS if any(rung in e.stands for e in entries.values())]
-        for defense, entry in entries.items():
+        for defense, entry in sorted(
+            entries.items(), key=lambda item: (item[0] != "none", "raw_isp" not in item[0], item[0])
+        ):
             info = infos.get((name, defense))
             measured = info is not None and info.seconds is not None and info.encoder_seconds
             time = f"{info.seconds / info.encoder_seconds:.1f}" if measured else ""  # type: ignore[operator,union-attr]
@@ -298,7 +300,7 @@ and `behind` mean an exact paired test below 0.05, `level with` that chance expl
 undefended row is the white-box attack; `time` is defence and encoder over the encoder's own, measured beside other
 work. A detector (`mvg`, `feature_squeezing`) refuses about 5 % of clean images, which its clean accuracy counts as
 wrong; a refused adversarial image counts as robust. Attackers who know a detector evade it jointly; black-box and
-universal ones do not know it.
+universal ones do not know it, and `no_adaptive_attack` says so of the runs that hold these alone.
 Where the data has no training images (photographs) a detector is fitted on crops of other photographs, and `mvg` then
 refuses nearly everything: its row there is no robustness, and `over_refusal` now says so.
 """
@@ -317,9 +319,10 @@ def _missing(victims: Mapping[str, Victim], folder: Path) -> str:
         unclimbed = [d for d, eps in victims[name] if eps == MIDDLE and "black box" not in victims[name][d, eps].stands]
         if unclimbed:
             lacks.append(f"{text}: universal and black box of {', '.join(sorted(unclimbed))}")
-        lone = {eps for _, eps in victims[name]}
-        if len(lone) < 3:
-            lacks.append(f"{text}: other budgets than {', '.join(map(format_eps, sorted(lone)))}")
+        budgets = {eps for _, eps in victims[name]} | {2 / 255, 4 / 255, 8 / 255}
+        partly = sorted(d for d in defenses if len({eps for e, eps in victims[name] if e == d}) < len(budgets))
+        if partly:
+            lacks.append(f"{text}: 2 and 8/255 of {', '.join(partly)}")
     if not any((folder / "hardened").glob("*/report.json")):
         lacks.append("encoders that were pruned or trained adversarially (`--part hardened`)")
     lacks += ["diffpure: needs a diffusion model, and none ships in a package", "every GPU figure"]

@@ -102,7 +102,7 @@ def _found(path: Path) -> str:
                 percent(1 / row["n"]),
                 f"{row['forwards']:.1f}",
                 f"{row['backwards']:.1f}",
-                f"{row['seconds']:.3f}",
+                "-" if row["seconds"] is None else f"{row['seconds']:.3f}",
                 "-" if not cost else f"{100 * (share.value or 0) / cost:.2f}",
             )
         )
@@ -201,7 +201,8 @@ that hits by the passes through encoders, a backward pass counting as two forwar
 and of the other network, `attackvlm_ii`, `attackvlm_it`, `m_attack` and `ssa_cwa` have the victim's own encoder (white
 box on the encoder), `anyattack`, `m_attack, transfer` and `xtransfer` have EfficientNet-Lite0 alone. ConSE is built on
 that very network, so what reaches it from there is hardly a transfer. The captions are the names of the classes.
-Noise and untargeted attacks have no target: `-`.
+An attack that does not aim has no target: `-`; noise is measured against the same targets. Seconds were taken beside
+other work; `-` where the machine was paused meanwhile.
 
 ## Not measured
 

@@ -17,24 +17,13 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from torch import Tensor, nn
 
 from robustbench_x.encoders.encoder import Encoder, LoadedEncoder, Preprocessing
+from robustbench_x.encoders.hub import NETWORK_ERRORS
 from robustbench_x.encoders.loading import Checkpoint, file_sha256, load_strictly, read_state, strip_prefix
 from robustbench_x.encoders.source import EncoderOptions, EncoderSource
 from robustbench_x.encoders.timm_backbone import TimmBackbone, split_classifier
 from robustbench_x.errors import ConfigError, SourceError, near_matches
 
 __all__ = ["SOURCE", "encoder_from_timm"]
-
-# The hub's client changed its HTTP library twice; whichever it is, its root error is above the hub's own.
-_HTTP_ERRORS = tuple(
-    kind for kind in HfHubHTTPError.__mro__ if kind.__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
-)
-_NETWORK_ERRORS: tuple[type[Exception], ...] = (
-    ConnectionError,  # HF_HUB_OFFLINE=1 among others
-    TimeoutError,
-    socket.gaierror,
-    urllib.error.URLError,
-    *(kind for kind in _HTTP_ERRORS if issubclass(kind, Exception)),
-)
 
 
 def encoder_from_timm(
@@ -166,7 +155,7 @@ def _download(source: str, name: str) -> Path:
         raise SourceError(f"{source}: the hub refuses the weights of {name}: {reason}") from error
     except urllib.error.HTTPError as error:
         raise SourceError(f"{source}: the server refuses the weights of {name}: HTTP status {error.code}") from error
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         raise SourceError(_offline(source, name)) from error
     except OSError as error:
         raise SourceError(f"{source}: the weights of {name} could not be stored ({error})") from error

@@ -1,4 +1,4 @@
-"""Image-text recall: a worked matrix, a ranking by sorting as independent reference, ties and odd shapes."""
+"""Image-text recall against a second implementation, which stands against a worked matrix and a ranking by sorting."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from recall import recalls
 from robustbench_x.errors import NothingEvaluatedError
-from robustbench_x.imagetext.recall import recalls
+from robustbench_x.imagetext.metrics import RANKS, Pairing
 
 
 def rank_by_sorting(scores: list[float], right: set[int]) -> int:
@@ -119,3 +120,20 @@ def test_refuses(similarity: NDArray[Any], owner: NDArray[Any], ks: tuple[int, .
 def test_no_query_is_no_recall(images: int, texts: int) -> None:
     with pytest.raises(NothingEvaluatedError, match=f"none of the {texts} texts"):
         recalls(np.zeros((images, texts)), np.full(texts, -1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_the_metrics_of_a_report_are_the_same_recalls(images: int, captions: int, seed: int) -> None:
+    # Few values, so that ties are common.
+    scores = np.random.default_rng(seed).integers(0, 6, size=(images, images * captions)).astype(float)
+    owner = np.repeat(np.arange(images), captions)
+    other = recalls(scores, owner, RANKS)
+    pairing = Pairing(clean=scores, adv=scores, group=owner)
+    nowhere = np.full(images, -1)
+    found = pairing.metrics(np.arange(images), nowhere, np.ones(images, dtype=bool))
+    for prefix in ("clean_", ""):
+        for k, tr, ir in zip(RANKS, other.tr, other.ir, strict=True):
+            assert found[f"{prefix}tr@{k}"].value == pytest.approx(tr)
+            assert found[f"{prefix}ir@{k}"].value == pytest.approx(ir)
+        assert found[f"{prefix}r@mean"].value == pytest.approx(other.mean)
